@@ -1,0 +1,73 @@
+"""What this installation can do: versions, the compiled part, and every backend of every op."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from . import compiled, registry
+
+
+@dataclass(frozen=True)
+class Info:
+    """What :func:`info` found; ``print`` it, or read ``versions``, ``cpu`` and ``ops``."""
+
+    versions: dict[str, str]
+    cpu: dict[str, str]
+    ops: dict[str, dict[str, str]]
+
+    def __str__(self) -> str:
+        lines = ["versions"] + [f"  {name:<12} {value}" for name, value in self.versions.items()]
+        lines += ["compiled CPU part"] + [f"  {name:<12} {value}" for name, value in self.cpu.items()]
+        for op, backends in self.ops.items():
+            lines += [f"op {op}, best backend first"] + [f"  {name:<12} {value}" for name, value in backends.items()]
+        return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def info() -> Info:
+    """Versions, the compiled CPU part (or why it is missing), and the backends of every op.
+
+    Returns:
+        an :class:`Info`. Nothing is computed and no GPU is touched.
+    """
+    versions = {"vidkern": _version("vidkern"), "python": platform.python_version(), "platform": platform.platform()}
+    versions |= {name: _version(name) for name in ("torch", "triton", "cuda-python", "diffusers", "av")}
+    module = compiled.cpu()
+    if module is None:
+        cpu = {"state": f"missing: {compiled.cpu_missing()}"}
+    else:
+        cpu = {
+            "state": "loaded",
+            "tier": module.isa(),
+            "tiers here": ", ".join(module.isas()),
+            "forced by": f"VIDKERN_CPU_ISA={os.environ['VIDKERN_CPU_ISA']}" if "VIDKERN_CPU_ISA" in os.environ else "nothing",
+            "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+            "build": str(module.build_info()),
+        }
+    missing = compiled.cpu_missing()
+    states = {
+        "cpu": f"missing: {missing}" if missing else "C++ kernels for float32 and bfloat16 on the CPU",
+        "reference": "plain torch for any device and dtype; slow",
+    }
+    table = {
+        name: {b.name: states.get(b.name, "registered") for b in op.backends} for name, op in registry.ops().items()
+    }
+    return Info(versions, cpu, table)
+
+
+def main() -> int:
+    """Print :func:`info` (the command ``vidkern info``)."""
+    print(info(), file=sys.stdout)
+    return 0

@@ -1,0 +1,380 @@
+"""Grid attention: attention over a grid of frames in which a token sees the frames of its view and of its time.
+
+Source: 4Real-Video-V2 (arXiv 2506.18839), section 3 (fused view-time attention); kernels in the style of
+FlashAttention-2 (arXiv 2307.08691), tiled along frames.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ... import compiled, registry
+from ...registry import Spec
+from . import cost, reference
+from .patterns import PARTS, FramePattern, GridPattern, grid_key
+
+__all__ = ["FramePattern", "GridPattern", "frame_sparse_attention", "grid_attention"]
+
+MAX_DIM = 256
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+# ---- launch ---------------------------------------------------------------------------------------------------------
+def _token_major(shape, like, token_major, **kwargs) -> Spec:
+    return Spec.dense(shape, like, order=(0, 2, 1, 3) if token_major else None, **kwargs)
+
+
+def _outputs(q, k, v, valid, kv_len, text_len, frame_len, n_text, text_front, scale, token_major, *rest):
+    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _token_major(q.shape, q, token_major), Spec.dense(q.shape[:3], q, dtype=lse)
+
+
+def _backward_outputs(dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, frame_len, n_text, text_front, scale,
+                      token_major, *rest):
+    return tuple(_token_major(t.shape, t, token_major) for t in (q, k, v))
+
+
+def _unit_stride(t):
+    """Kernels read rows of D values: any other tensor costs this one copy."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _geometry(q, frame_len, n_text, text_front, scale, pattern):
+    """Pattern, keyword arguments of the launchers, and the token span that they work on."""
+    pattern = FramePattern.from_key(pattern)
+    shared = {"pattern": pattern, "frame_len": frame_len, "n_text": n_text, "text_front": text_front, "scale": scale}
+    if n_text == 0 or pattern.text_visible:
+        return shared, None
+    # The text belongs to the "self" part. Without that part this is attention over the video tokens alone.
+    n_video = pattern.n_frames * frame_len
+    spans = reference.video_span(n_video, n_text, text_front), reference.text_span(n_video, n_text, text_front)
+    return shared | {"n_text": 0}, spans
+
+
+def _run_with(launch):
+    def run(outputs, q, k, v, valid, kv_len, text_len, frame_len, n_text, text_front, scale, token_major,
+            deterministic, pattern, impl):
+        out, lse = outputs
+        shared, spans = _geometry(q, frame_len, n_text, text_front, scale, pattern)
+        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+        if spans is None:
+            launch(q, k, v, valid, kv_len, text_len, out=out, lse=lse, **shared)
+            return
+        video, text = spans
+        out[:, :, text], lse[:, :, text] = 0, -torch.inf
+        launch(q[:, :, video], k[:, :, video], v[:, :, video], valid, kv_len, None, out=out[:, :, video],
+               lse=lse[:, :, video], **shared)
+
+    return run
+
+
+def _run_backward_with(launch):
+    def run(outputs, dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, frame_len, n_text, text_front, scale,
+            token_major, deterministic, pattern, impl):
+        shared, spans = _geometry(q, frame_len, n_text, text_front, scale, pattern)
+        rows = [_unit_stride(t) for t in (dout, q, k, v, out)]
+        dout, q, k, v, out = rows
+        if spans is None:
+            grads = dict(zip(("dq", "dk", "dv"), outputs))
+            launch(dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, **grads, **shared)
+            return
+        video, text = spans
+        for grad in outputs:
+            grad[:, :, text] = 0
+        grads = {name: g[:, :, video] for name, g in zip(("dq", "dk", "dv"), outputs)}
+        dout, dlse, q, k, v, out, lse = (t if t is None else t[:, :, video] for t in (dout, dlse, q, k, v, out, lse))
+        launch(dout, dlse, q, k, v, out, lse, valid, kv_len, None, **grads, **shared)
+
+    return run
+
+
+def _cpu_forward(*args, **kwargs):
+    from . import cpu
+
+    cpu.forward(*args, **kwargs)
+
+
+def _cpu_backward(*args, **kwargs):
+    from . import cpu
+
+    cpu.backward(*args, **kwargs)
+
+
+def _cpu_why_not(q, *rest) -> str | None:
+    if q.device.type != "cpu":
+        return f"tensors are on {q.device.type}, it serves cpu"
+    if q.dtype not in _CPU_DTYPES:
+        return f"dtype is {q.dtype}, it serves torch.float32 and torch.bfloat16"
+    missing = compiled.cpu_missing()
+    return f"the compiled CPU part {missing}" if missing else None
+
+
+def _reference_forward(*args, out, lse, **kwargs):
+    for target, value in zip((out, lse), reference.forward(*args, **kwargs)):
+        target.copy_(value)
+
+
+def _reference_backward(*args, dq, dk, dv, **kwargs):
+    for target, value in zip((dq, dk, dv), reference.backward(*args, **kwargs)):
+        target.copy_(value)
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+def _flops(q, k, v, valid, kv_len, text_len, frame_len, n_text, text_front, scale, token_major, deterministic, pattern,
+           impl):
+    return cost.forward_flops(q.shape[0], q.shape[1], q.shape[3], FramePattern.from_key(pattern), frame_len, n_text)
+
+
+def _backward_flops(dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, frame_len, n_text, text_front, scale,
+                    token_major, deterministic, pattern, impl):
+    return cost.backward_flops(q.shape[0], q.shape[1], q.shape[3], FramePattern.from_key(pattern), frame_len, n_text)
+
+
+def _placements(tensors, masks, returns):
+    """Replicate, shard the batch, or shard the heads (whole groups of query heads stay with their key/value head)."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def rule(placement):
+        inputs = [None if t is None else placement for t in tensors]
+        for m in masks:
+            whole = placement != Shard(0) or (m is not None and m.shape[0] == 1)
+            inputs.append(None if m is None else Replicate() if whole else placement)
+        return [placement] * returns, inputs
+
+    spec = [t for t in tensors if t is not None and len(t.shape) == 4]
+    size = spec[0].mesh.size()
+    rules = [rule(Replicate())]
+    if spec[0].shape[0] % size == 0:
+        rules.append(rule(Shard(0)))
+    if all(t.shape[1] % size == 0 for t in spec):
+        rules.append(rule(Shard(1)))
+    return rules
+
+
+def _shard(q, k, v, valid, kv_len, text_len, *rest):
+    return _placements((q, k, v), (valid, kv_len, text_len), 2)
+
+
+def _backward_shard(dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, *rest):
+    return _placements((dout, dlse, q, k, v, out, lse), (valid, kv_len, text_len), 3)
+
+
+def _save(args, outputs):
+    return (*args[:6], *outputs)
+
+
+def _call(saved, args, grads):
+    q, k, v, valid, kv_len, text_len, out, lse = saved
+    return (*grads, q, k, v, out, lse, valid, kv_len, text_len, *args[6:-1])
+
+
+_REST = (
+    "Tensor? valid, Tensor? kv_len, Tensor? text_len, SymInt frame_len, SymInt n_text, bool text_front, float scale, "
+    "bool token_major, bool deterministic, str pattern, str impl)"
+)
+
+OP = registry.Op(
+    "grid_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_REST} -> (Tensor out, Tensor lse)",
+    outputs=_outputs,
+    backends=(
+        registry.Backend("cpu", _cpu_why_not, _run_with(_cpu_forward), _run_backward_with(_cpu_backward)),
+        registry.Backend(
+            "reference", lambda *args: None, _run_with(_reference_forward), _run_backward_with(_reference_backward)
+        ),
+    ),
+    gradient=registry.Gradient(
+        schema=f"(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_REST} "
+        "-> (Tensor dq, Tensor dk, Tensor dv)",
+        outputs=_backward_outputs,
+        save=_save,
+        call=_call,
+        scatter=lambda outputs, args: outputs,
+        flops=_backward_flops,
+        shard=_backward_shard,
+    ),
+    cast=(0, 1, 2),
+    flops=_flops,
+    shard=_shard,
+)
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+def _check(q, k, v, layout) -> None:
+    """Raise for the first thing wrong with q, k, v; called only when the quick test failed."""
+    if layout not in ("bhld", "blhd"):
+        raise ValueError(f'layout: {layout!r}, expected "bhld" or "blhd"')
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name}: {type(t).__name__}, expected a torch.Tensor")
+        if t.dim() != 4:
+            shape = "[B, H, L, D]" if layout == "bhld" else "[B, L, H, D]"
+            raise ValueError(f"{name}: shape {tuple(t.shape)}, expected 4 dimensions {shape}")
+        if not t.is_floating_point():
+            raise ValueError(f"{name}: dtype {t.dtype}, expected a floating-point dtype")
+        if t.numel() == 0:
+            raise ValueError(f"{name}: shape {tuple(t.shape)}, expected no empty dimension")
+        if t.dtype != q.dtype:
+            raise ValueError(f"{name}: dtype {t.dtype}, expected q's dtype {q.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{name}: on device {t.device}, expected q's device {q.device}")
+    head, token = (1, 2) if layout == "bhld" else (2, 1)
+    dim = q.shape[3]
+    if dim % 8 or dim > MAX_DIM:
+        raise ValueError(f"q: head_dim {dim}, expected a multiple of 8 up to {MAX_DIM}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: shape {tuple(v.shape)}, expected k's shape {tuple(k.shape)}")
+    for axis, what in ((0, "batch"), (token, "length"), (3, "head_dim")):
+        if k.shape[axis] != q.shape[axis]:
+            raise ValueError(f"k: {what} {k.shape[axis]}, expected q's {q.shape[axis]}")
+    if q.shape[head] % k.shape[head]:
+        raise ValueError(f"k: {k.shape[head]} heads, expected a divisor of q's {q.shape[head]}")
+
+
+def _check_mask(name, t, q, shapes, kinds, what):
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name}: {type(t).__name__}, expected a torch.Tensor")
+    if t.dtype not in kinds:
+        raise ValueError(f"{name}: dtype {t.dtype}, expected {what}")
+    if tuple(t.shape) not in shapes:
+        raise ValueError(f"{name}: shape {tuple(t.shape)}, expected one of {', '.join(str(s) for s in shapes)}")
+    if t.device != q.device:
+        raise ValueError(f"{name}: on device {t.device}, expected q's device {q.device}")
+
+
+_INTS = (torch.int32, torch.int64)
+
+
+def _attend(q, k, v, pattern: str, shape, layout, valid, kv_len, n_text, text_position, text_len, scale, return_lse,
+            deterministic, impl, grid_name):
+    """Checks shared by both public functions; ``shape`` is the grid, (V, T) or (F,)."""
+    token_major = layout == "blhd"
+    _check(q, k, v, layout)
+    if isinstance(n_text, bool) or not isinstance(n_text, (int, torch.SymInt)) or n_text < 0:
+        raise ValueError(f"n_text: {n_text!r}, expected an integer >= 0")
+    if text_position not in ("front", "back"):
+        raise ValueError(f'text_position: {text_position!r}, expected "front" or "back"')
+    batch, length, n_frames = q.shape[0], q.shape[1 if token_major else 2], math.prod(shape)
+    n_video = length - n_text
+    if n_video <= 0 or n_video % n_frames:
+        raise ValueError(
+            f"{grid_name}: {n_frames} frames of equal length cannot fill {n_video} video tokens (length {length} less "
+            f"n_text {n_text}), expected a positive multiple of {n_frames}"
+        )
+    frame_len = n_video // n_frames
+    masks = ((batch, *shape), tuple(shape))
+    if valid is not None:
+        _check_mask("valid", valid, q, masks, (torch.bool,), "torch.bool")
+        valid = valid.reshape(-1, n_frames).contiguous()
+    if kv_len is not None:
+        _check_mask("kv_len", kv_len, q, masks, _INTS, "torch.int32 or torch.int64")
+        kv_len = kv_len.reshape(-1, n_frames).clamp(0, frame_len).to(torch.int32).contiguous()
+    if text_len is not None:
+        _check_mask("text_len", text_len, q, ((batch,),), _INTS, "torch.int32 or torch.int64")
+        if n_text == 0:
+            raise ValueError("text_len: given with n_text 0, expected n_text > 0")
+        text_len = text_len.clamp(0, n_text).to(torch.int32).contiguous()
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[3])
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale: {scale!r}, expected a finite number")
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    if token_major:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out, lse = OP(q, k, v, valid, kv_len, text_len, frame_len, n_text, text_position == "front", float(scale),
+                  token_major, bool(deterministic), pattern, impl)
+    if token_major:
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def grid_attention(
+    q, k, v, *, grid, layout="bhld", causal_time=False, window_time=None, window_view=None, cyclic_view=False,
+    anchors=None, valid=None, kv_len=None, n_text=0, text_position="front", text_len=None,
+    include=("self", "view", "time"), scale=None, return_lse=False, deterministic=None, impl=None,
+):
+    """Attention over a views x times grid of frames: a token sees every token of its view and of its time.
+
+    ``softmax(scale * q k^T) v`` with one denominator over all visible keys; the own frame counts once. No L x L object
+    is formed; the cost is the dense one times (V + T - 1) / (V * T). Differentiable in q, k, v, also through the lse.
+    Source: 4Real-Video-V2 (arXiv 2506.18839), section 3.
+
+    Tokens are view-major: token ``(view * T + time) * N + n`` of ``L = V * T * N`` video tokens, with ``n_text`` text
+    tokens before or after them. Frame length N follows from L.
+
+    Args:
+        q: [B, Hq, L, D], or [B, L, Hq, D] for ``layout="blhd"``; float32 or bfloat16 (other floating dtypes run on the
+            reference). Any strides; a last stride other than 1 costs one copy. D: a multiple of 8 up to 256.
+        k, v: the same with Hkv heads, where Hkv divides Hq (grouped-query attention).
+        grid: (V, T), the number of views and times.
+        layout: ``"bhld"`` or ``"blhd"`` (what a fused QKV projection gives); neither is copied.
+        causal_time: same-view keys must not lie later in time; the own frame stays bidirectional.
+        window_time: None, w, or (back, ahead): same-view keys satisfy ``-back <= time_key - time_query <= ahead``.
+        window_view: the same for the views of same-time keys.
+        cyclic_view: view distances wrap around modulo V; needs ``window_view``.
+        anchors: mapping with any of ``"views"``, ``"times"`` (lists of indices), ``"frames"`` (list of (view, time)): key
+            frames that every query sees (reference row or column, attention sinks).
+        valid: bool [B, V, T] or [V, T]; a False frame sends no keys, and its queries give zeros and lse = -inf.
+        kv_len: int [B, V, T] or [V, T]: only the first kv_len tokens of a frame are keys (clamped to 0..N); all its
+            queries run.
+        n_text: text tokens (MMDiT). Every query sees them and their queries see everything.
+        text_position: ``"front"`` or ``"back"`` of the sequence.
+        text_len: int [B]: only the first text_len text tokens are keys (clamped to 0..n_text).
+        include: which disjoint parts of the pattern to keep, see :class:`GridPattern`.
+        scale: factor on the logits; default ``1 / sqrt(D)``.
+        return_lse: also return the log-sum-exp, e.g. for :func:`merge_attention`.
+        deterministic: ask for a bitwise reproducible backward; None follows
+            ``torch.use_deterministic_algorithms``. The CPU backend always is.
+        impl: backend by name (``"cpu"``, ``"reference"``); None follows :func:`vidkern.use`, by default the first that can.
+
+    Returns:
+        out, shaped, laid out and typed like q; with ``return_lse`` the pair (out, lse), where lse is the natural-log
+        log-sum-exp [B, Hq, L], float32 (float64 for float64 inputs). A query without any visible key gives out = 0 and
+        lse = -inf, and sends no gradient.
+
+    Raises:
+        TypeError: q, k, v or a mask is no tensor.
+        ValueError: a wrong rank, shape, dtype, device, head_dim or option, a grid that does not fill L, a pattern that
+            hides everything, an unknown ``impl``; the message names the argument, its value and what was expected.
+        BackendUnavailable: the backend named cannot serve these arguments.
+        RuntimeError: on double backward.
+    """
+    pattern = grid_key(grid, causal_time, window_time, window_view, cyclic_view, anchors, include)
+    views, times = grid
+    if "self" not in include and not torch.compiler.is_compiling() and FramePattern.from_key(pattern).pairs == 0:
+        raise ValueError(
+            f"include: {tuple(include)!r} with these rules hides everything on grid {tuple(grid)}, expected at least one "
+            "visible pair of frames"
+        )
+    return _attend(q, k, v, pattern, (views, times), layout, valid, kv_len, n_text, text_position, text_len, scale,
+                   return_lse, deterministic, impl, "grid")
+
+
+def frame_sparse_attention(
+    q, k, v, pattern, *, layout="bhld", valid=None, kv_len=None, n_text=0, text_position="front", text_len=None,
+    scale=None, return_lse=False, deterministic=None, impl=None,
+):
+    """Attention over frames of equal length under any frame-level pattern: the general form of :func:`grid_attention`.
+
+    Args:
+        q, k, v: as in :func:`grid_attention`, with L = n_text + F * N tokens in frame order.
+        pattern: a :class:`FramePattern` of F frames (or a :class:`GridPattern`).
+        valid: bool [B, F] or [F].
+        kv_len: int [B, F] or [F].
+        layout, n_text, text_position, text_len, scale, return_lse, deterministic, impl: as in :func:`grid_attention`.
+
+    Returns:
+        as :func:`grid_attention`.
+
+    Raises:
+        as :func:`grid_attention`, naming ``pattern`` where that names ``grid``.
+    """
+    if not isinstance(pattern, FramePattern):
+        raise TypeError(f"pattern: {type(pattern).__name__}, expected a vidkern.FramePattern or GridPattern")
+    if not torch.compiler.is_compiling() and pattern.pairs == 0 and not (n_text and pattern.text_visible):
+        raise ValueError(f"pattern: hides everything ({pattern.n_frames} frames, 0 visible pairs), expected at least one")
+    return _attend(q, k, v, pattern.key, (pattern.n_frames,), layout, valid, kv_len, n_text, text_position, text_len,
+                   scale, return_lse, deterministic, impl, "pattern")

@@ -1,0 +1,202 @@
+"""Merge attention over disjoint key sets: partial outputs and their log-sum-exps become the whole.
+
+Source: the log-sum-exp merge of blockwise and ring attention (arXiv 2310.01889); signed parts give the
+inclusion-exclusion form of grid attention.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ... import compiled, registry
+from ...registry import Spec
+from . import cost, reference
+
+__all__ = ["merge_attention"]
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_CPU_PARTS = 64
+
+
+def _like_out(shape, like, token_major) -> Spec:
+    return Spec.dense(shape, like, order=(0, 2, 1, 3) if token_major else None)
+
+
+def _outputs(outs, lses, signs, token_major, impl):
+    return _like_out(outs[0].shape, outs[0], token_major), Spec.dense(lses[0].shape, lses[0])
+
+
+def _backward_outputs(dout, dlse, outs, lses, signs, token_major, impl):
+    n = len(outs)
+    shape, rows = outs[0].shape, lses[0].shape
+    return Spec.dense((n, *shape), outs[0], order=(0, 1, 3, 2, 4) if token_major else None), Spec.dense((n, *rows), lses[0])
+
+
+def _unit_stride(t):
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _run_with(launch):
+    def run(outputs, outs, lses, signs, token_major, impl):
+        out, lse = outputs
+        launch([_unit_stride(o) for o in outs], list(lses), signs=tuple(signs), out=out, lse=lse)
+
+    return run
+
+
+def _run_backward_with(launch):
+    def run(outputs, dout, dlse, outs, lses, signs, token_major, impl):
+        douts, dlses = (list(g.unbind(0)) for g in outputs)
+        launch(_unit_stride(dout), dlse, [_unit_stride(o) for o in outs], list(lses), signs=tuple(signs), douts=douts,
+               dlses=dlses)
+
+    return run
+
+
+def _cpu_forward(*args, **kwargs):
+    from . import cpu
+
+    cpu.forward(*args, **kwargs)
+
+
+def _cpu_backward(*args, **kwargs):
+    from . import cpu
+
+    cpu.backward(*args, **kwargs)
+
+
+def _cpu_why_not(outs, *rest) -> str | None:
+    if outs[0].device.type != "cpu":
+        return f"tensors are on {outs[0].device.type}, it serves cpu"
+    if outs[0].dtype not in _CPU_DTYPES:
+        return f"dtype is {outs[0].dtype}, it serves torch.float32 and torch.bfloat16"
+    if len(outs) > _CPU_PARTS or outs[0].shape[3] % 8:
+        return f"{len(outs)} parts of head_dim {outs[0].shape[3]}, it serves up to {_CPU_PARTS} and a multiple of 8"
+    missing = compiled.cpu_missing()
+    return f"the compiled CPU part {missing}" if missing else None
+
+
+def _reference_forward(*args, out, lse, **kwargs):
+    for target, value in zip((out, lse), reference.forward(*args, **kwargs)):
+        target.copy_(value)
+
+
+def _reference_backward(*args, douts, dlses, **kwargs):
+    for targets, values in zip((douts, dlses), reference.backward(*args, **kwargs)):
+        for target, value in zip(targets, values):
+            target.copy_(value)
+
+
+def _flops(outs, lses, signs, token_major, impl):
+    return cost.forward_flops(len(outs), *outs[0].shape)
+
+
+def _backward_flops(dout, dlse, outs, *rest):
+    return cost.backward_flops(len(outs), *outs[0].shape)
+
+
+OP = registry.Op(
+    "merge_attention",
+    "(Tensor[] outs, Tensor[] lses, int[] signs, bool token_major, str impl) -> (Tensor out, Tensor lse)",
+    outputs=_outputs,
+    backends=(
+        registry.Backend("cpu", _cpu_why_not, _run_with(_cpu_forward), _run_backward_with(_cpu_backward)),
+        registry.Backend(
+            "reference", lambda *args: None, _run_with(_reference_forward), _run_backward_with(_reference_backward)
+        ),
+    ),
+    gradient=registry.Gradient(
+        # Stacked gradients: one allocation, and a schema without a list of results, which the fake would have to size.
+        schema="(Tensor? dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, int[] signs, bool token_major, str impl) "
+        "-> (Tensor douts, Tensor dlses)",
+        outputs=_backward_outputs,
+        save=lambda args, outputs: (*args[0], *args[1]),
+        call=lambda saved, args, grads: (*grads, *_split(saved, args), *args[2:-1]),
+        scatter=lambda outputs, args: (*outputs[0].unbind(0), *outputs[1].unbind(0)),
+        flops=_backward_flops,
+    ),
+    flops=_flops,
+    out=True,
+)
+
+
+def _split(saved, args):
+    n = len(args[0])
+    return list(saved[:n]), list(saved[n:])
+
+
+def _check(outs, lses, layout) -> None:
+    if layout not in ("bhld", "blhd"):
+        raise ValueError(f'layout: {layout!r}, expected "bhld" or "blhd"')
+    for name, parts, dims in (("outs", outs, 4), ("lses", lses, 3)):
+        if not isinstance(parts, (list, tuple)) or not parts:
+            raise TypeError(f"{name}: {type(parts).__name__}, expected a non-empty list of tensors")
+        for i, t in enumerate(parts):
+            if not isinstance(t, torch.Tensor):
+                raise TypeError(f"{name}[{i}]: {type(t).__name__}, expected a torch.Tensor")
+            if t.dim() != dims:
+                raise ValueError(f"{name}[{i}]: shape {tuple(t.shape)}, expected {dims} dimensions")
+            if t.numel() == 0:
+                raise ValueError(f"{name}[{i}]: shape {tuple(t.shape)}, expected no empty dimension")
+            for what in ("shape", "dtype", "device"):
+                if getattr(t, what) != getattr(parts[0], what):
+                    raise ValueError(f"{name}[{i}]: {what} {getattr(t, what)}, expected {getattr(parts[0], what)}")
+    if len(lses) != len(outs):
+        raise ValueError(f"lses: {len(lses)} of them, expected {len(outs)}, one per output")
+    out, lse = outs[0], lses[0]
+    if not out.is_floating_point():
+        raise ValueError(f"outs[0]: dtype {out.dtype}, expected a floating-point dtype")
+    wanted = torch.float64 if out.dtype == torch.float64 else torch.float32
+    if lse.dtype != wanted:
+        raise ValueError(f"lses[0]: dtype {lse.dtype}, expected {wanted}")
+    if lse.device != out.device:
+        raise ValueError(f"lses[0]: on device {lse.device}, expected {out.device}")
+    rows = out.shape[:3] if layout == "bhld" else (out.shape[0], out.shape[2], out.shape[1])
+    if tuple(lse.shape) != tuple(rows):
+        raise ValueError(f"lses[0]: shape {tuple(lse.shape)}, expected [B, H, L] = {tuple(rows)}")
+
+
+def merge_attention(outs, lses, *, signs=None, layout="bhld", return_lse=True, out=None, impl=None):
+    """Merge partial attention results over disjoint key sets into attention over their union.
+
+    ``O = sum_i s_i w_i O_i / Z`` with ``w_i = exp(lse_i - max)``, ``Z = sum_i s_i w_i``, ``lse = max + log Z``, in fp32.
+    Differentiable in every out and lse. Uses: ring and two-phase context parallelism, parts of :func:`grid_attention`
+    (``include=``), and with signs the inclusion-exclusion of overlapping dense attentions.
+
+    Args:
+        outs: partial outputs, each [B, H, L, D] or, for ``layout="blhd"``, [B, L, H, D]; one dtype and shape.
+        lses: their natural-log log-sum-exps, each [B, H, L], float32 (float64 for float64 outs). A part that saw nothing
+            has lse = -inf; its output is not read.
+        signs: +1 or -1 per part, default all +1. Where signed weights cancel to nothing the row is empty.
+        layout: ``"bhld"`` or ``"blhd"``.
+        return_lse: also return the merged lse.
+        out: a tensor shaped and typed like the outs to write into (inference only); with it, keeping one output
+            across calls avoids the page faults of fresh memory.
+        impl: backend by name; None follows :func:`vidkern.use`.
+
+    Returns:
+        out like each of ``outs``, and with ``return_lse`` the merged lse [B, H, L]. Empty rows: out 0, lse -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, its value and what was expected.
+        BackendUnavailable: the backend named cannot serve these arguments.
+        RuntimeError: ``out`` was given while something requires grad, or on double backward.
+    """
+    _check(outs, lses, layout)
+    signs = [1] * len(outs) if signs is None else list(signs)
+    if len(signs) != len(outs) or any(s not in (1, -1) for s in signs):
+        raise ValueError(f"signs: {signs!r}, expected {len(outs)} values +1 or -1")
+    token_major = layout == "blhd"
+    if token_major:
+        outs = [o.transpose(1, 2) for o in outs]
+    args = (list(outs), list(lses), signs, token_major, impl)
+    if out is not None:
+        if not isinstance(out, torch.Tensor):
+            raise TypeError(f"out: {type(out).__name__}, expected a torch.Tensor")
+        lse = torch.empty(lses[0].shape, dtype=lses[0].dtype, device=lses[0].device)
+        OP.call_out((out.transpose(1, 2) if token_major else out, lse), *args)
+        merged = out
+    else:
+        merged, lse = OP(*args)
+        merged = merged.transpose(1, 2) if token_major else merged
+    return (merged, lse) if return_lse else merged

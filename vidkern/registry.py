@@ -1,0 +1,510 @@
+"""The one mechanism behind every op: register it with torch, keep its backends, choose one, say why.
+
+An op is one :class:`Op` declaration. From it come the dispatcher schema, the kernel for every device, the fake
+kernel, autograd, autocast, the FLOP formula, the DTensor sharding rule and, where asked for, an ``out`` overload.
+
+A call takes four hops: public function (checks) -> ``torch.ops.vidkern.<op>`` -> the chosen backend -> its kernel.
+Every argument of a schema is explicit, defaults live in the public functions, and the last one is ``str impl``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+_LIB = torch.library.Library("vidkern", "DEF")
+_OPS: dict[str, Op] = {}
+_forced: str = "auto"
+_explaining: list | None = None
+# Fixed strides: a compiler may not hand a kernel other strides than the traced ones.
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+)
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+# Key sets of plain tensors below autograd: no mode, subclass, functorch level or functionalization is left to see the
+# call, so that the dispatcher would only come back to the op's kernel, 4 microseconds later.
+_PLAIN = {torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)}
+# The dispatcher has already chosen the functorch level when an Autograd kernel runs, so the node for just that level is
+# what is wanted; torch.autograd.Function would start over from the outermost level. It is what every op with an autograd
+# formula in torch does, and its apply() costs half as much.
+_LevelFunction = torch.autograd.function._SingleLevelFunction
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was named (``impl=`` or :func:`use`) that cannot serve these arguments; the message says why."""
+
+
+class Spec(NamedTuple):
+    """Shape, strides (None: contiguous), dtype and device of one output."""
+
+    shape: tuple
+    stride: tuple | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def dense(cls, shape: Sequence, like: torch.Tensor, *, dtype: torch.dtype | None = None, order=None) -> Spec:
+        """A dense output on ``like``'s device; ``order`` lists the axes from outermost to innermost in memory."""
+        if order is None:
+            return cls(shape, None, dtype or like.dtype, like.device)
+        stride, step = [0] * len(shape), 1
+        for axis in reversed(order):
+            stride[axis] = step
+            step = step * shape[axis]
+        return cls(shape, stride, dtype or like.dtype, like.device)
+
+    def empty(self) -> torch.Tensor:
+        """Uninitialised memory of this description."""
+        shape, stride, dtype, device = self
+        if stride is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _as_returns(outputs: tuple):
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: what ``impl=`` calls it.
+        why_not: ``why_not(*op_args)`` returns None when it can serve them, else one sentence that says why not. It may
+            look at metadata only (device, dtype, shape, strides): it also runs on fake tensors.
+        run: ``run(outputs, *op_args)`` fills the preallocated outputs.
+        run_backward: the same for the backward op, or None when the op has no backward.
+    """
+
+    name: str
+    why_not: Callable[..., str | None]
+    run: Callable[..., None]
+    run_backward: Callable[..., None] | None = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How an op is differentiated by its backward op.
+
+    Args:
+        schema: schema of ``<op>_backward``, ending in ``str impl``.
+        outputs: ``outputs(*backward_args)`` -> tuple of :class:`Spec`.
+        save: ``save(args, outputs)`` -> tuple of tensors (or None) to keep.
+        call: ``call(saved, args, grads)`` -> positional arguments of the backward op without ``impl``; ``args`` are the
+            forward arguments with every tensor replaced by None, and a gradient that does not exist is None.
+        scatter: ``scatter(backward_outputs, args)`` -> gradients in the order of the flattened forward arguments.
+        flops: FLOPs of ``<op>_backward`` from its arguments.
+        shard: sharding rule of ``<op>_backward``; see :class:`Op`.
+    """
+
+    schema: str
+    outputs: Callable[..., tuple[Spec, ...]]
+    save: Callable
+    call: Callable
+    scatter: Callable
+    flops: Callable[..., int] | None = None
+    shard: Callable | None = None
+
+
+def _flatten(args: Sequence) -> tuple[list, tuple | None]:
+    """Tensor lists spread into the argument list, with what it takes to undo it (autograd sees only flat tensors)."""
+    if not any(isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor) for a in args):
+        return list(args), None
+    flat, plan = [], []
+    for a in args:
+        if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor):
+            flat.extend(a)
+            plan.append(len(a))
+        else:
+            flat.append(a)
+            plan.append(-1)
+    return flat, tuple(plan)
+
+
+def _unflatten(flat: Sequence, plan: tuple | None) -> tuple:
+    if plan is None:
+        return tuple(flat)
+    args, i = [], 0
+    for n in plan:
+        if n < 0:
+            args.append(flat[i])
+            i += 1
+        else:
+            args.append(list(flat[i : i + n]))
+            i += n
+    return tuple(args)
+
+
+def _apply(function, keyset, args):
+    """Put the autograd node ``function`` on the graph, also inside torch.func transforms."""
+    flat, plan = _flatten(args)
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(keyset, plan, *flat)
+    from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return function.apply(keyset, plan, *flat)
+
+
+class Op:
+    """Declare an op and register it with torch.
+
+    Args:
+        name: ``torch.ops.vidkern.<name>``.
+        schema: argument and return schema, without defaults, ending in ``str impl``.
+        outputs: ``outputs(*args)`` -> tuple of :class:`Spec`: the only place that decides output shapes and strides,
+            for the fake kernel and for every backend.
+        backends: best first.
+        gradient: see :class:`Gradient`; None for an op without backward.
+        cast: positions of the tensor (or tensor-list) arguments that autocast lowers.
+        flops: ``flops(*args)`` -> int for ``torch.utils.flop_counter``; sees real or fake tensors.
+        shard: ``shard(*args)`` -> list of (output placements, input placements) over one mesh dimension, as
+            ``torch.distributed.tensor.experimental.register_sharding`` takes; tensors arrive as ``DTensorSpec``.
+        out: also register ``<name>.out``, which writes into given outputs; inference only.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        outputs: Callable[..., tuple[Spec, ...]],
+        backends: Sequence[Backend],
+        gradient: Gradient | None = None,
+        cast: Sequence[int] = (),
+        flops: Callable[..., int] | None = None,
+        shard: Callable | None = None,
+        out: bool = False,
+    ):
+        if name in _OPS:
+            raise RuntimeError(f"name: op {name!r} is registered already, expected a new one")
+        if not schema.split("->")[0].rstrip().endswith("str impl)"):
+            raise ValueError(f"schema: {schema!r}, expected a last argument `str impl`")
+        self.name, self.backends, self.gradient = name, tuple(backends), gradient
+        self._by_name = {b.name: b for b in self.backends}
+        self._cast = tuple(cast)
+        self._outputs = outputs
+        self._sharding = [(name, shard)] if shard else []
+        self._sharded = False
+
+        _LIB.define(name + schema, tags=_TAGS)
+        self.overload = getattr(torch.ops.vidkern, name).default
+        _LIB.impl(name, self._kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"vidkern::{name}", self._fake, lib=_LIB)
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            _LIB.impl(name, self._autocast_kernel(key), key)
+        _register_flops(self.overload, flops)
+        if gradient is None:
+            _LIB.impl(name, self._no_gradient, "Autograd", with_keyset=True)
+        else:
+            self._define_backward(gradient)
+            self._function = self._make_function(gradient)
+            _LIB.impl(name, self._autograd_kernel, "Autograd", with_keyset=True)
+        if out:
+            self._define_out(schema)
+        _OPS[name] = self
+
+    # ---- choice -------------------------------------------------------------------------------------------------
+    def choose(self, args: Sequence) -> str:
+        """Name of the backend that serves ``args`` (positional op arguments, ``impl`` last)."""
+        impl = args[-1]
+        if impl == "auto":
+            for backend in self.backends:
+                if backend.why_not(*args) is None:
+                    return backend.name
+            reasons = "; ".join(f"{b.name}: {b.why_not(*args)}" for b in self.backends)
+            raise BackendUnavailable(f"{self.name}: no backend can serve these arguments ({reasons})")
+        backend = self._by_name.get(impl)
+        if backend is None:
+            names = ", ".join(f'"{n}"' for n in ("auto", *self._by_name))
+            raise ValueError(f"impl: {impl!r} is no backend of {self.name}, expected one of {names}")
+        reason = backend.why_not(*args)
+        if reason is not None:
+            raise BackendUnavailable(f'impl: "{impl}" cannot serve this call of {self.name}: {reason}')
+        return impl
+
+    def __call__(self, *args):
+        """Call the op with positional arguments, ``impl`` (None = what :func:`use` says) last."""
+        if args[-1] is None:
+            args = (*args[:-1], _forced)
+        if _explaining is not None:
+            _explaining.append((self, args))
+            raise _Explained
+        return self.overload(*args)
+
+    def call_out(self, outputs: Sequence[torch.Tensor], *args) -> None:
+        """The ``out`` overload: write into ``outputs``; raises RuntimeError if anything requires grad."""
+        if args[-1] is None:
+            args = (*args[:-1], _forced)
+        self._out_overload(*args, **dict(zip(self._out_names, outputs)))
+
+    # ---- dispatcher kernels -------------------------------------------------------------------------------------
+    def _kernel(self, *args):
+        backend = self._by_name[self.choose(args)]
+        outputs = tuple([spec.empty() for spec in self._outputs(*args)])
+        backend.run(outputs, *args)
+        return _as_returns(outputs)
+
+    def _fake(self, *args):
+        self.choose(args)
+        return _as_returns(tuple(spec.empty() for spec in self._outputs(*args)))
+
+    def _autocast_kernel(self, key: str):
+        device = "cpu" if key == "AutocastCPU" else "cuda"
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def lower(t, dtype):
+            eligible = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+            return t.to(dtype) if eligible and t.dtype != dtype else t
+
+        def kernel(*args):
+            dtype = torch.get_autocast_dtype(device)
+            args = list(args)
+            for i in self._cast:
+                many = isinstance(args[i], (list, tuple))
+                args[i] = [lower(t, dtype) for t in args[i]] if many else lower(args[i], dtype)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self.overload(*args)
+
+        return kernel
+
+    def _prepare_sharding(self, args: Sequence) -> None:
+        """Tell DTensor how to shard this op, the first time a DTensor arrives.
+
+        Registering earlier would import torch.distributed.tensor (about a second) for everybody.
+        """
+        module = sys.modules.get("torch.distributed.tensor")
+        if self._sharded or module is None or not any(isinstance(a, module.DTensor) for a in _flatten(args)[0]):
+            return
+        from torch.distributed.tensor.experimental import register_sharding
+
+        for name, rule in self._sharding:
+            register_sharding(getattr(torch.ops.vidkern, name).default)(rule)
+        self._sharded = True
+
+    def _below_autograd(self, keyset, args):
+        if (keyset & _AFTER_AUTOGRAD).raw_repr() in _PLAIN:
+            return self._kernel(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload.redispatch(keyset & _AFTER_AUTOGRAD, *args)
+
+    def _no_gradient(self, keyset, *args):
+        self._prepare_sharding(args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise RuntimeError(f"{self.name}: has no backward, expected inputs that do not require grad")
+        return self._below_autograd(keyset, args)
+
+    def _autograd_kernel(self, keyset, *args):
+        if not self._sharded:
+            self._prepare_sharding(args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return self._below_autograd(keyset, args)
+        # The choice is made once, here, and handed to the backward op.
+        args = (*args[:-1], self.choose(args))
+        return _apply(self._function, keyset, args)
+
+    # ---- autograd -----------------------------------------------------------------------------------------------
+    def _define_backward(self, gradient: Gradient) -> None:
+        name = f"{self.name}_backward"
+        _LIB.define(name + gradient.schema, tags=_TAGS)
+        self.backward_overload = overload = getattr(torch.ops.vidkern, name).default
+
+        def kernel(*args):
+            backend = self._by_name[args[-1]]
+            outputs = tuple([spec.empty() for spec in gradient.outputs(*args)])
+            backend.run_backward(outputs, *args)
+            return _as_returns(outputs)
+
+        def fake(*args):
+            return _as_returns(tuple(spec.empty() for spec in gradient.outputs(*args)))
+
+        class Twice(_LevelFunction):
+            @staticmethod
+            def forward(ctx, keyset, plan, *flat):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return overload.redispatch(keyset & _AFTER_AUTOGRAD, *_unflatten(flat, plan))
+
+            @staticmethod
+            def backward(ctx, *grads):
+                raise RuntimeError(f"{name}: double backward is not supported, expected first-order gradients only")
+
+        def autograd(keyset, *args):
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return _apply(Twice, keyset, args)
+            if (keyset & _AFTER_AUTOGRAD).raw_repr() in _PLAIN:
+                return kernel(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & _AFTER_AUTOGRAD, *args)
+
+        _LIB.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"vidkern::{name}", fake, lib=_LIB)
+        _LIB.impl(name, autograd, "Autograd", with_keyset=True)
+        _register_flops(overload, gradient.flops)
+        if gradient.shard:
+            self._sharding.append((name, gradient.shard))
+
+    def _make_function(self, gradient: Gradient):
+        op = self
+
+        class Function(_LevelFunction):
+            @staticmethod
+            def forward(ctx, keyset, plan, *flat):
+                args = _unflatten(flat, plan)
+                output = op._below_autograd(keyset, args)
+                outputs = output if isinstance(output, tuple) else (output,)
+                ctx.set_materialize_grads(False)
+                ctx.save_for_backward(*gradient.save(args, outputs))
+                ctx.rest = tuple(
+                    None if isinstance(a, torch.Tensor)
+                    else [None] * len(a) if isinstance(a, list) and a and isinstance(a[0], torch.Tensor)
+                    else a
+                    for a in args
+                )
+                return output
+
+            @staticmethod
+            def backward(ctx, *grads):
+                if all(g is None for g in grads):
+                    return (None,) * len(ctx.needs_input_grad)
+                args = gradient.call(ctx.saved_tensors, ctx.rest, grads)
+                outputs = op.backward_overload(*args, ctx.rest[-1])
+                outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+                given = gradient.scatter(outputs, ctx.rest)
+                tail = len(ctx.needs_input_grad) - 2 - len(given)
+                return (None, None, *given, *(None,) * tail)
+
+        Function.__name__ = f"vidkern_{self.name}"
+        return Function
+
+    # ---- out= ---------------------------------------------------------------------------------------------------
+    def _define_out(self, schema: str) -> None:
+        returns = self.overload._schema.returns
+        self._out_names = [r.name or f"out{i}" for i, r in enumerate(returns)]
+        mutable = ", ".join(f"Tensor({chr(97 + i)}!) {n}" for i, n in enumerate(self._out_names))
+        arguments = schema.split("->")[0].rstrip()[:-1]
+        _LIB.define(f"{self.name}.out{arguments}, *, {mutable}) -> ()", tags=_TAGS)
+        self._out_overload = getattr(torch.ops.vidkern, self.name).out
+        name = f"{self.name}.out"
+
+        def check(args, given):
+            for n, want, have in zip(self._out_names, self._outputs(*args), given):
+                same = have.shape == want.shape and have.dtype == want.dtype and have.device == want.device
+                if not same or have.stride(-1) != 1:
+                    raise ValueError(
+                        f"{n}: {tuple(have.shape)} {have.dtype} on {have.device} with strides {have.stride()}, expected "
+                        f"{tuple(want.shape)} {want.dtype} on {want.device} with a last stride of 1"
+                    )
+
+        def kernel(*args, **given):
+            outputs = tuple(given[n] for n in self._out_names)
+            check(args, outputs)
+            self._by_name[self.choose(args)].run(outputs, *args)
+
+        def autograd(keyset, *args, **given):
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **given):
+                raise RuntimeError(f"{self.name}: out= is inference only, expected tensors that do not require grad")
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._out_overload.redispatch(keyset & _AFTER_AUTOGRAD, *args, **given)
+
+        _LIB.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"vidkern::{name}", lambda *args, **given: None, lib=_LIB)
+        _LIB.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _register_flops(overload, flops) -> None:
+    if flops is None:
+        return
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(overload._overloadpacket, get_raw=True)(lambda *args, out_val=None, **kwargs: flops(*args))
+
+
+def ops() -> dict[str, Op]:
+    """Every registered op by name."""
+    from . import ops as rooms
+
+    rooms.load_all()
+    return dict(_OPS)
+
+
+# ---- what users see -----------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def use(impl: str) -> Iterator[None]:
+    """Force a backend for every vidkern op called inside: ``with vidkern.use("reference"): ...``.
+
+    Args:
+        impl: name of a backend, or "auto" to choose again. ``impl=`` given to a call wins over it. Gradients follow the
+            backend that the forward ran on, wherever ``backward()`` is called.
+
+    Raises:
+        ValueError: no op has a backend of that name.
+    """
+    global _forced
+    names = {"auto", *(b.name for op in ops().values() for b in op.backends)}
+    if impl not in names:
+        raise ValueError(f"impl: {impl!r}, expected one of {', '.join(repr(n) for n in sorted(names))}")
+    before, _forced = _forced, impl
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+class _Explained(Exception):
+    """Raised by an op to hand its arguments to :func:`explain` instead of running."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found: the op, the backend chosen (None if none can), and a reason for each one passed over."""
+
+    op: str
+    chosen: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen or 'no backend can serve this'}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(function: Callable, *args, **kwargs) -> Explanation:
+    """Which backend a call would run on, and why not the others; nothing is computed.
+
+    Args:
+        function: a public vidkern function, such as ``vidkern.grid_attention``.
+        *args, **kwargs: its arguments.
+
+    Returns:
+        an :class:`Explanation`; ``print`` it.
+
+    Raises:
+        whatever the function's own checks raise; TypeError if it calls no vidkern op.
+    """
+    global _explaining
+    _explaining = calls = []
+    try:
+        function(*args, **kwargs)
+    except _Explained:
+        pass
+    finally:
+        _explaining = None
+    if not calls:
+        raise TypeError(f"function: {function!r} called no vidkern op, expected a public vidkern function")
+    op, op_args = calls[0]
+    wanted, chosen, reasons = op_args[-1], None, {}
+    for backend in op.backends:
+        reason = backend.why_not(*op_args)
+        if reason is None and chosen is None and wanted in ("auto", backend.name):
+            chosen, reason = backend.name, "serves this call"
+        elif reason is None:
+            reason = f'could serve it, but "{wanted}" was named' if wanted != "auto" else "could serve it, but comes later"
+        reasons[backend.name] = reason
+    return Explanation(op.name, chosen, reasons)
