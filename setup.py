@@ -43,6 +43,7 @@ class Flags:
 
     common: tuple
     openmp: tuple
+    no_openmp: tuple
     isa: dict
 
 
@@ -52,6 +53,7 @@ GNU = Flags(
         "-DNDEBUG",
     ),
     openmp=("-fopenmp",),
+    no_openmp=("-Wno-unknown-pragmas",),
     isa={
         "portable": (),
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -61,6 +63,7 @@ GNU = Flags(
 MSVC = Flags(
     common=("/nologo", "/O2", "/std:c++17", "/EHsc", "/MD", "/fp:contract", "/Zc:__cplusplus", "/DNDEBUG", "/DNOMINMAX"),
     openmp=("/openmp",),
+    no_openmp=(),
     isa={"portable": (), "avx2": ("/arch:AVX2",), "avx512": ("/arch:AVX512",)},
 )
 
@@ -188,9 +191,11 @@ def ninja_file(toolchain, isas, openmp, library):
     per_isa = sorted(path for path in CPU.glob("*.cpp") if path.name not in COMPILED_ONCE)
     define, suffix = ("/D", ".obj") if toolchain.msvc else ("-D", ".o")
     include = [*toolchain.include, ("/I" if toolchain.msvc else "-I") + str(ROOT / "csrc")]
-    common = [*flags.common, *(flags.openmp if openmp else ()), *env_flags("CPPFLAGS", "CXXFLAGS"), *include]
+    threads = flags.openmp if openmp else flags.no_openmp
+    common = [*flags.common, *threads, *env_flags("CPPFLAGS", "CXXFLAGS"), *include]
     # Only the once-compiled files see Python and pybind11: under build isolation their folders change with every build.
-    python = [("/I" if toolchain.msvc else "-isystem") + folder for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+    folders = (pybind11.get_include(), sysconfig.get_path("include"))
+    python = [("/I" if toolchain.msvc else "-isystem") + folder for folder in folders]
     have = [f"{define}VK_HAVE_{isa.upper()}" for isa in isas if isa != "portable"]
 
     lines = ["ninja_required_version = 1.5"]
@@ -322,7 +327,7 @@ setup(
         "vidkern": ["py.typed"],
         "vidkern.data": ["assets/*"],
         "vidkern.bench": ["results/**/*"],
-        "vidkern.csrc": ["**/*.h", "**/*.cuh", "**/*.cpp", "**/*.cu", "**/*.metal"],
+        "vidkern.csrc": ["**/*"],
     },
     include_package_data=False,
     ext_modules=[Extension("vidkern._cpu", sources=[])],

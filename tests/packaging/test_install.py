@@ -10,31 +10,32 @@ from tree import ROOT, copy_checkout, fresh_environment, pip_install, run
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(source archive, wheel built from it)."""
+    """(the sources, the source archive made of them, the wheel made of that)."""
     tree = copy_checkout(tmp_path_factory.mktemp("checkout") / "tree")
     done = run("-m", "build", "--no-isolation", "--outdir", "dist", cwd=tree, VIDKERN_BUILD="require")
     assert done.returncode == 0, done.stdout
-    return next((tree / "dist").glob("*.tar.gz")), next((tree / "dist").glob("*.whl"))
+    return tree, next((tree / "dist").glob("*.tar.gz")), next((tree / "dist").glob("*.whl"))
 
 
-def shipped(*patterns):
-    """Files of the checkout, relative, that match; nothing that a build or a run left."""
-    files = (path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
-    return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts and path.suffix != ".pyc"}
+def sources(tree, *patterns):
+    """Files of the sources, relative, that match."""
+    return {path.relative_to(tree).as_posix() for pattern in patterns for path in tree.glob(pattern) if path.is_file()}
 
 
 def test_the_source_archive_is_complete(built):
-    with tarfile.open(built[0]) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = shipped("csrc/**/*", "models/**/*", "bench/**/*", "tests/**/*", "vidkern/**/*.py", "vidkern/data/assets/*")
+    tree, archive, _ = built
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    wanted = sources(tree, "csrc/**/*", "models/**/*", "bench/**/*", "tests/**/*", "vidkern/**/*.py", "vidkern/data/assets/*")
     assert wanted | {"LICENSE", "constraints.txt", "vidkern/py.typed"} <= names, wanted - names
     assert not {name for name in names if name.endswith((".so", ".pyc", "_build_info.json"))}
 
 
 def test_the_wheel_is_complete(built):
-    names = set(zipfile.ZipFile(built[1]).namelist())
-    wanted = shipped("vidkern/**/*.py", "vidkern/data/assets/*") | {"vidkern/py.typed", "vidkern/_build_info.json"}
-    wanted |= {f"vidkern/{name}" for name in shipped("models/**/*.py", "bench/**/*.py", "bench/results/**/*", "csrc/**/*")}
+    tree, _, wheel = built
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = sources(tree, "vidkern/**/*.py", "vidkern/data/assets/*") | {"vidkern/py.typed", "vidkern/_build_info.json"}
+    wanted |= {f"vidkern/{name}" for name in sources(tree, "models/**/*.py", "bench/**/*.py", "bench/results/**/*", "csrc/**/*")}
     assert wanted <= names, wanted - names
     assert not {name for name in names if name.startswith(("models/", "bench/", "tests/", "csrc/"))}
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -43,7 +44,7 @@ def test_the_wheel_is_complete(built):
 
 def test_the_wheel_works_outside_the_checkout(built, tmp_path):
     python = fresh_environment(tmp_path / "venv")
-    done = pip_install(python, built[1], cwd=tmp_path)
+    done = pip_install(python, built[2], cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     done = run(ROOT / "tests" / "packaging" / "smoke.py", cwd=tmp_path, python=python)
     assert done.returncode == 0, done.stdout
