@@ -1,0 +1,72 @@
+"""The ``vidkern`` command. Each subcommand's module is imported only when that subcommand is run."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import vidkern
+from vidkern.errors import UserError, missing_extra
+
+# Each module has run(args) -> int | None and, where it takes options, add_arguments(parser).
+DEMOS = {"four-real": "vidkern.models.four_real.demo"}
+BENCH = "vidkern.bench.cli"
+HELP = {
+    "info": "what is installed, what was built, which backend each op chooses and why",
+    "demo": "train and sample a small model on the bundled clip and show the result",
+    "bench": "measure the ops against their peers on this machine",
+}
+INTERRUPTED = 130  # the shell's own status for a command ended by Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status.
+
+    0: done. 2: a mistake the user can mend, told in one line on stderr. 130: interrupted. Anything unforeseen is raised.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except UserError as error:
+        return _fail(error)
+    except ModuleNotFoundError as error:
+        cure = missing_extra(error)
+        if cure is None:
+            raise
+        return _fail(f"this command needs {error.name}, {cure}")
+    except KeyboardInterrupt:
+        print("\nvidkern: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(reason) -> int:
+    print(f"vidkern: error: {' '.join(str(reason).split())}", file=sys.stderr)
+    return 2
+
+
+def _run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="vidkern", description="Fused kernels for video generation.")
+    parser.add_argument("--version", action="version", version=f"vidkern {vidkern.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    subparsers = {name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()}
+    subparsers["demo"].add_argument(
+        "method", nargs="?", default="four-real", choices=DEMOS, help="which demo (default: %(default)s)"
+    )
+    # Only the command that was named adds its options: the others are not imported to print a help text.
+    named = argv[0] if argv else None
+    if named == "demo":
+        module = importlib.import_module(next((DEMOS[word] for word in argv[1:2] if word in DEMOS), DEMOS["four-real"]))
+        module.add_arguments(subparsers["demo"])
+    elif named == "bench":
+        module = importlib.import_module(BENCH)
+        module.add_arguments(subparsers["bench"])
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(vidkern.info())
+        return 0
+    return module.run(args) or 0
