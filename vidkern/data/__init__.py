@@ -1,0 +1,28 @@
+"""Reading and writing video, the bundled clips, and pseudo-views made from ordinary clips.
+
+Names are imported on first use; PyAV is needed by the video functions alone (``pip install "vidkern[demo]"``).
+"""
+
+import importlib
+
+_HOME = {
+    "Video": "video",
+    "read_video": "video",
+    "write_video": "video",
+    "bundled_clip": "clips",
+    "bundled_clips": "clips",
+    "homography_path": "views",
+    "pseudo_views": "views",
+    "warp": "views",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__():
+    return __all__
