@@ -200,6 +200,9 @@ class Op:
         torch.library.register_fake(f"vidkern::{name}", self._fake, lib=_LIB)
         for key in ("AutocastCPU", "AutocastCUDA"):
             _LIB.impl(name, self._autocast_kernel(key), key)
+        if out:
+            self._define_out(schema)
+        # After the last overload: a new one changes the packet's hash, by which the formula is found.
         _register_flops(self.overload, flops)
         if gradient is None:
             _LIB.impl(name, self._no_gradient, "Autograd", with_keyset=True)
@@ -207,8 +210,6 @@ class Op:
             self._define_backward(gradient)
             self._function = self._make_function(gradient)
             _LIB.impl(name, self._autograd_kernel, "Autograd", with_keyset=True)
-        if out:
-            self._define_out(schema)
         _OPS[name] = self
 
     # ---- choice -------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ VK_INLINE void block(const float* a, ptrdiff_t sa, const float* b0, const float*
                      float* c, ptrdiff_t sc) {
   F16 acc[M][P];
   for (int r = 0; r < M; ++r)
-    for (int p = 0; p < P; ++p) acc[r][p] = ACC ? load(c + r * sc + p * LANES) : zero();
+    for (int p = 0; p < P; ++p) acc[r][p] = zero();
   const ptrdiff_t row = TA ? 1 : sa, step = TA ? sa : 1;
   for (int i = 0; i < n_runs; ++i) {
     const float* x0 = b0 + runs[i].b;
@@ -83,8 +83,12 @@ VK_INLINE void block(const float* a, ptrdiff_t sa, const float* b0, const float*
       if (P > 1) x1 += sb;
     }
   }
+  // C joins at the end, not as the start value: sums of sums of a few hundred terms round less than one long sum.
   for (int r = 0; r < M; ++r)
-    for (int p = 0; p < P; ++p) store(c + r * sc + p * LANES, acc[r][p]);
+    for (int p = 0; p < P; ++p) {
+      float* at = c + r * sc + p * LANES;
+      store(at, ACC ? add(load(at), acc[r][p]) : acc[r][p]);
+    }
 }
 
 // `rows` (a multiple of ROW_STEP) by P panels. The strides of the score tile are compile-time constants at the call sites, so that
@@ -99,18 +103,28 @@ VK_INLINE void strip(int rows, const float* a, ptrdiff_t sa, const float* b0, co
     block<PAIR, ROW_STEP, P, TA, ACC>(a + r * (TA ? 1 : sa), sa, b0, b1, sb, runs, n_runs, c + r * sc, sc);
 }
 
+// Longest sum of products kept in one accumulator when contracting over channels: beyond it fp32 sums would round more than those
+// of a BLAS, which also sums by parts.
+constexpr int MAX_CHANNELS = 128;
+
+template <int PAIR, bool ACC>
+VK_INLINE void gemm_panels_part(int rows, const float* a, ptrdiff_t sa, const float* panels, ptrdiff_t size, int k,
+                                const int32_t* list, int n, float* c, ptrdiff_t sc) {
+  const Run run{0, k};
+  int i = 0;
+  for (; NP > 1 && i + 1 < n; i += 2)
+    strip<PAIR, NP, false, ACC>(rows, a, sa, panels + list[i] * size, panels + list[i + 1] * size, LANES, &run, 1, c + i * LANES, sc);
+  for (; i < n; ++i) strip<PAIR, 1, false, ACC>(rows, a, sa, panels + list[i] * size, nullptr, LANES, &run, 1, c + i * LANES, sc);
+}
+
 // C[rows, 16 i ..] = A . panel[list[i]] for i in [0, n): `panels` in the transposed form, k lanes deep.
 template <int PAIR>
 VK_INLINE void gemm_panels(int rows, const float* a, ptrdiff_t sa, const float* panels, int k, const int32_t* list, int n, float* c,
                            ptrdiff_t sc) {
-  const Run run{0, k};
   const ptrdiff_t size = static_cast<ptrdiff_t>(k) * LANES;
-  int i = 0;
-  for (; NP > 1 && i + 1 < n; i += 2)
-    strip<PAIR, NP, false, false>(rows, a, sa, panels + list[i] * size, panels + list[i + 1] * size, LANES, &run, 1, c + i * LANES,
-                                  sc);
-  for (; i < n; ++i)
-    strip<PAIR, 1, false, false>(rows, a, sa, panels + list[i] * size, nullptr, LANES, &run, 1, c + i * LANES, sc);
+  const int first = k <= MAX_CHANNELS / PAIR ? k : k / 2;
+  gemm_panels_part<PAIR, false>(rows, a, sa, panels, size, first, list, n, c, sc);
+  if (first < k) gemm_panels_part<PAIR, true>(rows, a + first, sa, panels + first * LANES, size, k - first, list, n, c, sc);
 }
 
 // C[rows, cols] += A (or A^T) . B over the given runs of k: B in the depth form with `cols` lanes (a multiple of 16) per step.

@@ -95,9 +95,11 @@ class Sample:
 
     def options(self, device="cpu", seed=0) -> dict:
         """Keyword arguments of the call (without ``pattern``/``grid``)."""
-        generator = torch.Generator().manual_seed(seed + 1)
         views, times = self.grid
         given: dict = {"layout": self.layout, "n_text": self.n_text, "text_position": self.text_position}
+        if not (self.with_valid or self.with_kv_len or self.with_text_len):
+            return given
+        generator = torch.Generator().manual_seed(seed + 1)
         if self.with_valid:
             given["valid"] = (torch.rand(self.batch, views, times, generator=generator) > 0.3).to(device)
         if self.with_kv_len:

@@ -171,7 +171,8 @@ def merge_attention(outs, lses, *, signs=None, layout="bhld", return_lse=True, o
         layout: ``"bhld"`` or ``"blhd"``.
         return_lse: also return the merged lse.
         out: a tensor shaped and typed like the outs to write into (inference only); with it, keeping one output
-            across calls avoids the page faults of fresh memory.
+            across calls avoids the page faults of fresh memory. Under ``torch.compile`` only with layout "bhld": the
+            compiler takes contiguous ``out`` tensors alone.
         impl: backend by name; None follows :func:`vidkern.use`.
 
     Returns:

@@ -1,0 +1,144 @@
+"""Accuracy of every op, backend, tier, dtype and sample; the matrix of what must run; gradients."""
+
+import pytest
+import torch
+
+import vidkern
+from vidkern import compiled, registry
+
+from . import checks
+from .conftest import EXPECTED, TIERS, backend_runs
+from .rooms import ROOMS, room
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CASES = [
+    pytest.param(op, backend, tier, dtype, sample, id=f"{op}-{backend}{'-' + tier if tier else ''}-{dtype}-{sample.name}")
+    for op in EXPECTED
+    for backend, tier in backend_runs(op)
+    for dtype in EXPECTED[op][backend]
+    for sample in ROOMS[op].samples
+    # The reference is the plain form itself: a few samples show that its low-precision path is wired right.
+    if backend != "reference" or sample in ROOMS[op].samples[:3]
+]
+
+
+def test_matrix_is_what_the_registry_offers():
+    """Every op, backend and dtype that the registry would serve on this machine is listed, and nothing else."""
+    offered = {}
+    for name, op in registry.ops().items():
+        r = room(name)
+        offered[name] = {}
+        for backend in op.backends:
+            dtypes = []
+            for label, dtype in DTYPES.items():
+                try:
+                    r.call(r.samples[0], r.inputs(r.samples[0], dtype, 0), impl=backend.name)
+                    dtypes.append(label)
+                except registry.BackendUnavailable:
+                    pass
+            offered[name][backend.name] = sorted(dtypes)
+    assert offered == {op: {b: sorted(d) for b, d in backends.items()} for op, backends in EXPECTED.items()}
+
+
+def test_every_tier_is_built():
+    assert compiled.cpu_missing() is None
+    import platform
+
+    wanted = TIERS if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
+    assert list(compiled.cpu().build_info()["isas"]) == wanted
+
+
+@pytest.mark.parametrize("op, backend, tier, dtype, sample", CASES, indirect=["tier"])
+def test_accuracy(op, backend, tier, dtype, sample):
+    checks.accuracy(op, sample, DTYPES[dtype], backend)
+
+
+@pytest.mark.parametrize("op, backend, tier", [(o, b, t) for o in EXPECTED for b, t in backend_runs(o)], indirect=["tier"])
+def test_directional_derivative(op, backend, tier):
+    """The gradient along a random direction equals the central difference of the loss."""
+    r = room(op)
+    for sample in r.samples[:2]:
+        tensors = [t.requires_grad_() for t in r.inputs(sample, torch.float32, 0)]
+        outputs = r.call(sample, tensors, impl=backend)
+        weights = [torch.randn_like(o) for o in outputs]
+        loss = lambda x: sum((o * w).double().sum() for o, w in zip(r.call(sample, x, impl=backend), weights))
+        direction = [torch.randn_like(t) for t in tensors]
+        slope = sum((g * d).double().sum() for g, d in zip(torch.autograd.grad(loss(tensors), tensors), direction))
+        step = 3e-3
+        with torch.no_grad():
+            ahead, behind = (loss([t + s * step * d for t, d in zip(tensors, direction)]) for s in (1, -1))
+        assert torch.isclose((ahead - behind) / (2 * step), slope, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("op", EXPECTED)
+def test_gradcheck_of_the_reference(op):
+    r = room(op)
+    for sample in sorted(r.samples, key=lambda s: s.flops)[:6]:
+        small = [t.requires_grad_() for t in r.inputs(sample, torch.float64, 0)]
+        if sum(t.numel() for t in small) > 4000:
+            continue
+        call = lambda *x: tuple(torch.where(torch.isinf(o), 0, o) for o in r.call(sample, x, impl="reference"))
+        assert torch.autograd.gradcheck(call, small, fast_mode=True)
+
+
+@pytest.mark.parametrize("op, backend", [(o, b) for o in EXPECTED for b in EXPECTED[o]])
+def test_cotangents_of_every_form(op, backend):
+    """dO expanded from one number, dO transposed in memory, or absent: the same gradients as a dense dO; an unused input that
+    needs no gradient costs nothing."""
+    r = room(op)
+    sample = r.samples[0]
+    tensors = [t.requires_grad_() for t in r.inputs(sample, torch.float32, 0)]
+    out, lse = r.call(sample, tensors, impl=backend)
+    grads = lambda o, g: torch.autograd.grad(o, tensors, g, retain_graph=True, allow_unused=True, materialize_grads=True)
+    for a, b in zip(grads(out, torch.ones(()).expand_as(out)), grads(out, torch.ones_like(out))):
+        assert torch.equal(a, b)
+    weight = torch.randn_like(out)
+    scattered = weight.transpose(-1, -2).contiguous().transpose(-1, -2)
+    for a, b in zip(grads(out, scattered), grads(out, weight)):
+        assert torch.equal(a, b)
+    only_lse = grads(lse, torch.ones_like(lse))
+    zero = torch.zeros_like(out)
+    both = torch.autograd.grad((out, lse), tensors, (zero, torch.ones_like(lse)), retain_graph=True)
+    for a, b in zip(only_lse, both):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert any(g.abs().max() > 0 for g in only_lse)
+
+
+@pytest.mark.parametrize("op, backend", [(o, b) for o in EXPECTED for b in EXPECTED[o]])
+def test_double_backward_raises(op, backend):
+    r = room(op)
+    tensors = [t.requires_grad_() for t in r.inputs(r.samples[0], torch.float32, 0)]
+    out = r.call(r.samples[0], tensors, impl=backend)[0]
+    first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        sum(g.sum() for g in first if g is not None).backward()
+
+
+@pytest.mark.parametrize("op, backend", [(o, b) for o in EXPECTED for b in EXPECTED[o]])
+def test_torch_func_grad(op, backend):
+    r = room(op)
+    sample = r.samples[0]
+    tensors = r.inputs(sample, torch.float32, 0)
+    loss = lambda first, *rest: r.call(sample, (first, *rest), impl=backend)[0].square().sum()
+    got = torch.func.grad(loss)(*tensors)
+    leaf = tensors[0].clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf, *tensors[1:]), leaf)
+    assert torch.equal(got, want)
+
+
+def test_backward_follows_the_backend_of_the_forward():
+    """The choice is made once: leaving ``use`` before backward() does not change the backend."""
+    sample = ROOMS["grid_attention"].samples[0]
+    tensors = [t.requires_grad_() for t in sample.tensors()]
+    seen = []
+    op = registry.ops()["grid_attention"]
+    spy = op._by_name["reference"]
+    wrapped = registry.Backend("reference", spy.why_not, spy.run, lambda *a: (seen.append("reference"), spy.run_backward(*a)))
+    op._by_name["reference"] = wrapped
+    try:
+        with vidkern.use("reference"):
+            out = sample.call(*tensors)
+        out.sum().backward()
+    finally:
+        op._by_name["reference"] = spy
+    assert seen == ["reference"]
