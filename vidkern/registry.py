@@ -13,7 +13,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -38,33 +37,6 @@ _LevelFunction = torch.autograd.function._SingleLevelFunction
 
 class BackendUnavailable(RuntimeError):
     """A backend was named (``impl=`` or :func:`use`) that cannot serve these arguments; the message says why."""
-
-
-class Spec(NamedTuple):
-    """Shape, strides (None: contiguous), dtype and device of one output."""
-
-    shape: tuple
-    stride: tuple | None
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def dense(cls, shape: Sequence, like: torch.Tensor, *, dtype: torch.dtype | None = None, order=None) -> Spec:
-        """A dense output on ``like``'s device; ``order`` lists the axes from outermost to innermost in memory."""
-        if order is None:
-            return cls(shape, None, dtype or like.dtype, like.device)
-        stride, step = [0] * len(shape), 1
-        for axis in reversed(order):
-            stride[axis] = step
-            step = step * shape[axis]
-        return cls(shape, stride, dtype or like.dtype, like.device)
-
-    def empty(self) -> torch.Tensor:
-        """Uninitialised memory of this description."""
-        shape, stride, dtype, device = self
-        if stride is None:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def _as_returns(outputs: tuple):
@@ -95,7 +67,7 @@ class Gradient:
 
     Args:
         schema: schema of ``<op>_backward``, ending in ``str impl``.
-        outputs: ``outputs(*backward_args)`` -> tuple of :class:`Spec`.
+        allocate: ``allocate(*backward_args)`` -> tuple of uninitialised outputs.
         save: ``save(args, outputs)`` -> tuple of tensors (or None) to keep.
         call: ``call(saved, args, grads)`` -> positional arguments of the backward op without ``impl``; ``args`` are the
             forward arguments with every tensor replaced by None, and a gradient that does not exist is None.
@@ -105,7 +77,7 @@ class Gradient:
     """
 
     schema: str
-    outputs: Callable[..., tuple[Spec, ...]]
+    allocate: Callable[..., tuple[torch.Tensor, ...]]
     save: Callable
     call: Callable
     scatter: Callable
@@ -159,8 +131,8 @@ class Op:
     Args:
         name: ``torch.ops.vidkern.<name>``.
         schema: argument and return schema, without defaults, ending in ``str impl``.
-        outputs: ``outputs(*args)`` -> tuple of :class:`Spec`: the only place that decides output shapes and strides,
-            for the fake kernel and for every backend.
+        allocate: ``allocate(*args)`` -> tuple of uninitialised outputs: the only place that decides their shapes and
+            strides, for the fake kernel and for every backend.
         backends: best first.
         gradient: see :class:`Gradient`; None for an op without backward.
         cast: positions of the tensor (or tensor-list) arguments that autocast lowers.
@@ -175,7 +147,7 @@ class Op:
         name: str,
         schema: str,
         *,
-        outputs: Callable[..., tuple[Spec, ...]],
+        allocate: Callable[..., tuple[torch.Tensor, ...]],
         backends: Sequence[Backend],
         gradient: Gradient | None = None,
         cast: Sequence[int] = (),
@@ -190,7 +162,7 @@ class Op:
         self.name, self.backends, self.gradient = name, tuple(backends), gradient
         self._by_name = {b.name: b for b in self.backends}
         self._cast = tuple(cast)
-        self._outputs = outputs
+        self._allocate = allocate
         self._sharding = [(name, shard)] if shard else []
         self._sharded = False
 
@@ -249,13 +221,13 @@ class Op:
     # ---- dispatcher kernels -------------------------------------------------------------------------------------
     def _kernel(self, *args):
         backend = self._by_name[self.choose(args)]
-        outputs = tuple([spec.empty() for spec in self._outputs(*args)])
+        outputs = self._allocate(*args)
         backend.run(outputs, *args)
         return _as_returns(outputs)
 
     def _fake(self, *args):
         self.choose(args)
-        return _as_returns(tuple(spec.empty() for spec in self._outputs(*args)))
+        return _as_returns(self._allocate(*args))
 
     def _autocast_kernel(self, key: str):
         device = "cpu" if key == "AutocastCPU" else "cuda"
@@ -319,12 +291,12 @@ class Op:
 
         def kernel(*args):
             backend = self._by_name[args[-1]]
-            outputs = tuple([spec.empty() for spec in gradient.outputs(*args)])
+            outputs = gradient.allocate(*args)
             backend.run_backward(outputs, *args)
             return _as_returns(outputs)
 
         def fake(*args):
-            return _as_returns(tuple(spec.empty() for spec in gradient.outputs(*args)))
+            return _as_returns(gradient.allocate(*args))
 
         class Twice(_LevelFunction):
             @staticmethod
@@ -395,7 +367,8 @@ class Op:
         name = f"{self.name}.out"
 
         def check(args, given):
-            for n, want, have in zip(self._out_names, self._outputs(*args), given):
+            # Memory that is never touched costs next to nothing, so asking what would be allocated is cheap.
+            for n, want, have in zip(self._out_names, self._allocate(*args), given):
                 same = have.shape == want.shape and have.dtype == want.dtype and have.device == want.device
                 if not same or have.stride(-1) != 1:
                     raise ValueError(

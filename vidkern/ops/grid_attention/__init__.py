@@ -6,12 +6,12 @@ FlashAttention-2 (arXiv 2307.08691), tiled along frames.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
 from ... import compiled, registry
-from ...registry import Spec
 from . import cost, reference
 from .patterns import PARTS, FramePattern, GridPattern, grid_key
 
@@ -22,18 +22,22 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 # ---- launch ---------------------------------------------------------------------------------------------------------
-def _token_major(shape, like, token_major, **kwargs) -> Spec:
-    return Spec.dense(shape, like, order=(0, 2, 1, 3) if token_major else None, **kwargs)
+def _empty_like(t, token_major):
+    """Dense and uninitialised, in [B, H, L, D] or in [B, L, H, D] order in memory."""
+    if not token_major:
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+    batch, heads, length, dim = t.shape
+    return t.new_empty((batch, length, heads, dim)).transpose(1, 2)
 
 
-def _outputs(q, k, v, valid, kv_len, text_len, frame_len, n_text, text_front, scale, token_major, *rest):
+def _allocate(q, k, v, valid, kv_len, text_len, frame_len, n_text, text_front, scale, token_major, *rest):
     lse = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _token_major(q.shape, q, token_major), Spec.dense(q.shape[:3], q, dtype=lse)
+    return _empty_like(q, token_major), torch.empty(q.shape[:3], dtype=lse, device=q.device)
 
 
-def _backward_outputs(dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, frame_len, n_text, text_front, scale,
-                      token_major, *rest):
-    return tuple(_token_major(t.shape, t, token_major) for t in (q, k, v))
+def _allocate_backward(dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, frame_len, n_text, text_front, scale,
+                       token_major, *rest):
+    return _empty_like(q, token_major), _empty_like(k, token_major), _empty_like(v, token_major)
 
 
 def _unit_stride(t):
@@ -90,16 +94,20 @@ def _run_backward_with(launch):
     return run
 
 
-def _cpu_forward(*args, **kwargs):
+@functools.lru_cache(maxsize=1)
+def _cpu():
+    """The launchers of the compiled part, imported at first use: it may be missing."""
     from . import cpu
 
-    cpu.forward(*args, **kwargs)
+    return cpu
+
+
+def _cpu_forward(*args, **kwargs):
+    _cpu().forward(*args, **kwargs)
 
 
 def _cpu_backward(*args, **kwargs):
-    from . import cpu
-
-    cpu.backward(*args, **kwargs)
+    _cpu().backward(*args, **kwargs)
 
 
 def _cpu_why_not(q, *rest) -> str | None:
@@ -178,7 +186,7 @@ _REST = (
 OP = registry.Op(
     "grid_attention",
     f"(Tensor q, Tensor k, Tensor v, {_REST} -> (Tensor out, Tensor lse)",
-    outputs=_outputs,
+    allocate=_allocate,
     backends=(
         registry.Backend("cpu", _cpu_why_not, _run_with(_cpu_forward), _run_backward_with(_cpu_backward)),
         registry.Backend(
@@ -188,7 +196,7 @@ OP = registry.Op(
     gradient=registry.Gradient(
         schema=f"(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_REST} "
         "-> (Tensor dq, Tensor dk, Tensor dv)",
-        outputs=_backward_outputs,
+        allocate=_allocate_backward,
         save=_save,
         call=_call,
         scatter=lambda outputs, args: outputs,
@@ -202,10 +210,30 @@ OP = registry.Op(
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------
+def _in_order(q, k, v, head, token) -> bool:
+    """Whether q, k, v are right; quick, because it runs on every call. :func:`_check` finds out what is wrong."""
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        return False
+    qs, ks = q.shape, k.shape
+    if len(qs) != 4 or len(ks) != 4 or ks != v.shape:
+        return False
+    dim, kv_heads = qs[3], ks[head]
+    return (
+        q.dtype is k.dtype is v.dtype
+        and q.dtype.is_floating_point
+        and q.device == k.device == v.device
+        and dim == ks[3]
+        and dim % 8 == 0
+        and 0 < dim <= MAX_DIM
+        and 0 < qs[0] == ks[0]
+        and 0 < qs[token] == ks[token]
+        and kv_heads > 0 < qs[head]
+        and qs[head] % kv_heads == 0
+    )
+
+
 def _check(q, k, v, layout) -> None:
-    """Raise for the first thing wrong with q, k, v; called only when the quick test failed."""
-    if layout not in ("bhld", "blhd"):
-        raise ValueError(f'layout: {layout!r}, expected "bhld" or "blhd"')
+    """Raise for the first thing wrong with q, k, v."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: {type(t).__name__}, expected a torch.Tensor")
@@ -250,8 +278,11 @@ _INTS = (torch.int32, torch.int64)
 def _attend(q, k, v, pattern: str, shape, layout, valid, kv_len, n_text, text_position, text_len, scale, return_lse,
             deterministic, impl, grid_name):
     """Checks shared by both public functions; ``shape`` is the grid, (V, T) or (F,)."""
+    if layout not in ("bhld", "blhd"):
+        raise ValueError(f'layout: {layout!r}, expected "bhld" or "blhd"')
     token_major = layout == "blhd"
-    _check(q, k, v, layout)
+    if not _in_order(q, k, v, *((2, 1) if token_major else (1, 2))):
+        _check(q, k, v, layout)
     if isinstance(n_text, bool) or not isinstance(n_text, (int, torch.SymInt)) or n_text < 0:
         raise ValueError(f"n_text: {n_text!r}, expected an integer >= 0")
     if text_position not in ("front", "back"):
@@ -289,6 +320,22 @@ def _attend(q, k, v, pattern: str, shape, layout, valid, kv_len, n_text, text_po
     if token_major:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
+
+
+_KEYS: dict[tuple, str] = {}
+
+
+def _cached_grid_key(grid, causal_time, window_time, window_view, cyclic_view, include) -> str:
+    rules = (grid, causal_time, window_time, window_view, cyclic_view, include)
+    try:
+        return _KEYS[rules]
+    except (KeyError, TypeError):  # new, or written with lists
+        key = grid_key(grid, causal_time, window_time, window_view, cyclic_view, None, include)
+    if all(isinstance(rule, (tuple, bool, int, type(None))) for rule in rules):
+        if len(_KEYS) > 4096:
+            _KEYS.clear()
+        _KEYS[rules] = key
+    return key
 
 
 def grid_attention(
@@ -342,7 +389,10 @@ def grid_attention(
         BackendUnavailable: the backend named cannot serve these arguments.
         RuntimeError: on double backward.
     """
-    pattern = grid_key(grid, causal_time, window_time, window_view, cyclic_view, anchors, include)
+    if torch.compiler.is_compiling() or anchors is not None:
+        pattern = grid_key(grid, causal_time, window_time, window_view, cyclic_view, anchors, include)
+    else:
+        pattern = _cached_grid_key(grid, causal_time, window_time, window_view, cyclic_view, include)
     views, times = grid
     if "self" not in include and not torch.compiler.is_compiling() and FramePattern.from_key(pattern).pairs == 0:
         raise ValueError(

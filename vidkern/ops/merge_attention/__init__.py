@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from ... import compiled, registry
-from ...registry import Spec
 from . import cost, reference
 
 __all__ = ["merge_attention"]
@@ -18,18 +17,20 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CPU_PARTS = 64
 
 
-def _like_out(shape, like, token_major) -> Spec:
-    return Spec.dense(shape, like, order=(0, 2, 1, 3) if token_major else None)
+def _allocate(outs, lses, signs, token_major, impl):
+    batch, heads, length, dim = outs[0].shape
+    if token_major:
+        out = outs[0].new_empty((batch, length, heads, dim)).transpose(1, 2)
+    else:
+        out = torch.empty_like(outs[0], memory_format=torch.contiguous_format)
+    return out, torch.empty_like(lses[0], memory_format=torch.contiguous_format)
 
 
-def _outputs(outs, lses, signs, token_major, impl):
-    return _like_out(outs[0].shape, outs[0], token_major), Spec.dense(lses[0].shape, lses[0])
-
-
-def _backward_outputs(dout, dlse, outs, lses, signs, token_major, impl):
-    n = len(outs)
-    shape, rows = outs[0].shape, lses[0].shape
-    return Spec.dense((n, *shape), outs[0], order=(0, 1, 3, 2, 4) if token_major else None), Spec.dense((n, *rows), lses[0])
+def _allocate_backward(dout, dlse, outs, lses, signs, token_major, impl):
+    n, (batch, heads, length, dim) = len(outs), outs[0].shape
+    shape = (n, batch, length, heads, dim) if token_major else (n, batch, heads, length, dim)
+    douts = outs[0].new_empty(shape)
+    return (douts.transpose(2, 3) if token_major else douts), lses[0].new_empty((n, batch, heads, length))
 
 
 def _unit_stride(t):
@@ -98,7 +99,7 @@ def _backward_flops(dout, dlse, outs, *rest):
 OP = registry.Op(
     "merge_attention",
     "(Tensor[] outs, Tensor[] lses, int[] signs, bool token_major, str impl) -> (Tensor out, Tensor lse)",
-    outputs=_outputs,
+    allocate=_allocate,
     backends=(
         registry.Backend("cpu", _cpu_why_not, _run_with(_cpu_forward), _run_backward_with(_cpu_backward)),
         registry.Backend(
@@ -109,7 +110,7 @@ OP = registry.Op(
         # Stacked gradients: one allocation, and a schema without a list of results, which the fake would have to size.
         schema="(Tensor? dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, int[] signs, bool token_major, str impl) "
         "-> (Tensor douts, Tensor dlses)",
-        outputs=_backward_outputs,
+        allocate=_allocate_backward,
         save=lambda args, outputs: (*args[0], *args[1]),
         call=lambda saved, args, grads: (*grads, *_split(saved, args), *args[2:-1]),
         scatter=lambda outputs, args: (*outputs[0].unbind(0), *outputs[1].unbind(0)),
