@@ -19,15 +19,12 @@ namespace VK_ISA {
 #if VK_TIER == 2
 constexpr int MR = 8;  // 8 x 32: 16 accumulators, 10 loads for 16 multiply-adds, and 8 divides the usual frame lengths
 constexpr int NP = 2;
-constexpr bool BF16_DOT = true;
 #elif VK_TIER == 1
 constexpr int MR = 4;  // 4 x 16: 8 accumulators of 16 registers cover 2 multiply-add units of 4 cycles
 constexpr int NP = 1;
-constexpr bool BF16_DOT = false;
 #else
-constexpr int MR = 2;
+constexpr int MR = 4;  // the accumulators live in L1 here: what matters is that the loop over lanes is vectorised
 constexpr int NP = 1;
-constexpr bool BF16_DOT = false;
 #endif
 constexpr int ROW_STEP = 4;  // row counts handed to gemm() are multiples of this
 
@@ -71,6 +68,9 @@ VK_INLINE void block(const float* a, ptrdiff_t sa, const float* b0, const float*
     const float* x0 = b0 + runs[i].b;
     const float* x1 = P > 1 ? b1 + runs[i].b : nullptr;
     for (int k = runs[i].steps; k > 0; --k) {
+#if VK_TIER == 0
+      for (int r = 0; r < M; ++r) add_scaled(a[r * row], x0, acc[r][0].v);
+#else
       F16 b[P];
       b[0] = load(x0);
       if (P > 1) b[P - 1] = load(x1);
@@ -78,6 +78,7 @@ VK_INLINE void block(const float* a, ptrdiff_t sa, const float* b0, const float*
         F16 s = set1(a[r * row]);
         for (int p = 0; p < P; ++p) acc[r][p] = mac<PAIR>(s, b[p], acc[r][p]);
       }
+#endif
       a += step;
       x0 += sb;
       if (P > 1) x1 += sb;
@@ -104,8 +105,8 @@ VK_INLINE void strip(int rows, const float* a, ptrdiff_t sa, const float* b0, co
 }
 
 // Longest sum of products kept in one accumulator when contracting over channels: beyond it fp32 sums would round more than those
-// of a BLAS, which also sums by parts.
-constexpr int MAX_CHANNELS = 128;
+// of a BLAS, which also sums by parts. Without fused multiply-add each product is rounded too, so sums must be shorter.
+constexpr int MAX_CHANNELS = VK_TIER == 0 ? 32 : 128;
 
 template <int PAIR, bool ACC>
 VK_INLINE void gemm_panels_part(int rows, const float* a, ptrdiff_t sa, const float* panels, ptrdiff_t size, int k,
@@ -113,7 +114,8 @@ VK_INLINE void gemm_panels_part(int rows, const float* a, ptrdiff_t sa, const fl
   const Run run{0, k};
   int i = 0;
   for (; NP > 1 && i + 1 < n; i += 2)
-    strip<PAIR, NP, false, ACC>(rows, a, sa, panels + list[i] * size, panels + list[i + 1] * size, LANES, &run, 1, c + i * LANES, sc);
+    strip<PAIR, NP, false, ACC>(rows, a, sa, panels + list[i] * size, panels + list[i + 1] * size, LANES, &run, 1, c + i * LANES,
+                                sc);
   for (; i < n; ++i) strip<PAIR, 1, false, ACC>(rows, a, sa, panels + list[i] * size, nullptr, LANES, &run, 1, c + i * LANES, sc);
 }
 
@@ -122,9 +124,10 @@ template <int PAIR>
 VK_INLINE void gemm_panels(int rows, const float* a, ptrdiff_t sa, const float* panels, int k, const int32_t* list, int n, float* c,
                            ptrdiff_t sc) {
   const ptrdiff_t size = static_cast<ptrdiff_t>(k) * LANES;
-  const int first = k <= MAX_CHANNELS / PAIR ? k : k / 2;
-  gemm_panels_part<PAIR, false>(rows, a, sa, panels, size, first, list, n, c, sc);
-  if (first < k) gemm_panels_part<PAIR, true>(rows, a + first, sa, panels + first * LANES, size, k - first, list, n, c, sc);
+  const int parts = (k * PAIR + MAX_CHANNELS - 1) / MAX_CHANNELS, part = (k + parts - 1) / parts;
+  gemm_panels_part<PAIR, false>(rows, a, sa, panels, size, part, list, n, c, sc);
+  for (int at = part; at < k; at += part)
+    gemm_panels_part<PAIR, true>(rows, a + at, sa, panels + at * LANES, size, k - at < part ? k - at : part, list, n, c, sc);
 }
 
 // C[rows, cols] += A (or A^T) . B over the given runs of k: B in the depth form with `cols` lanes (a multiple of 16) per step.

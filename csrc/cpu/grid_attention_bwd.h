@@ -4,9 +4,9 @@
 //   dV += P^T dO   dK += scale dS^T Q          dQ += scale dS K
 //
 // A block of keys is taken by one thread, which visits every query tile that sees it (of all query heads of the group), so dK and
-// dV are complete when it is done. dQ is summed over key blocks in fp32: the blocks of a head are dealt to a fixed number of splits,
-// each with its own sum, added up in order at the end. The number depends on the shapes alone: the result is the same bits from
-// run to run and for any number of threads.
+// dV are complete when it is done. dQ is summed over key blocks in fp32: the blocks of a head are dealt to a fixed number of
+// splits, each with its own sum, added up in order at the end. The number depends on the shapes alone: the result is the same bits
+// from run to run and for any number of threads.
 #pragma once
 
 #include "cpu/grid_attention_tile.h"
@@ -18,7 +18,8 @@ template <class T>
 class Backward {
   static constexpr int PAIR = Steps<T>::PAIR;
   // bf16 keeps P and dS as pairs of rows, in the memory of the even row of S and of dP; dS also by rows, in an array of its own.
-  static constexpr int PAIR_STRIDE = PAIR * SCORE_STRIDE, DS_STRIDE = PAIR == 2 ? SCORE_STRIDE / 2 + 8 : SCORE_STRIDE;
+  static constexpr int PAIR_STRIDE = PAIR * SCORE_STRIDE;
+  static constexpr int DS_STRIDE = PAIR == 2 ? SCORE_STRIDE / 2 + 8 : SCORE_STRIDE;
 
   const GridArgs& a;
   int64_t group, panels, block_panels, blocks, splits, heads_at_once;
@@ -117,7 +118,8 @@ class Backward {
         for (int64_t i = 0; i < n * tiling.tiles; ++i) pack_queries(h0 + i / tiling.tiles, i / tiling.tiles, i % tiling.tiles);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < n * splits; ++i)
-          for (int64_t block = i % splits; block < blocks; block += splits) key_block(h0 + i / splits, i / splits, i % splits, block);
+          for (int64_t block = i % splits; block < blocks; block += splits)
+            key_block(h0 + i / splits, i / splits, i % splits, block);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n * tiling.tiles; ++i) write_dq(h0 + i / tiling.tiles, i / tiling.tiles, i % tiling.tiles);
       }
@@ -229,7 +231,8 @@ class Backward {
     if (v1 <= 0) return;
     const int64_t last = (v1 * PANEL < f.video() ? v1 * PANEL : f.video()) - 1;
     for (int64_t k = v0 * PANEL / f.frame_len; k <= last / f.frame_len; ++k)
-      for (int32_t i = f.k_ptr[k]; i < f.k_ptr[k + 1]; ++i) memset(seen + f.k_runs[2 * i], 1, static_cast<size_t>(f.k_runs[2 * i + 1]));
+      for (int32_t i = f.k_ptr[k]; i < f.k_ptr[k + 1]; ++i)
+        memset(seen + f.k_runs[2 * i], 1, static_cast<size_t>(f.k_runs[2 * i + 1]));
   }
 
   static bool any_seen(const Tile& tile, const uint8_t* seen) {
@@ -249,8 +252,8 @@ class Backward {
 
     gemm_panels<PAIR>(rows, q_rows + at * tile_rows_lanes, dp / PAIR, keys_t + slot * panel_lanes, d / PAIR, list.panel, n, x.s,
                       SCORE_STRIDE);
-    gemm_panels<PAIR>(rows, dout_rows + at * tile_rows_lanes, dp / PAIR, values_t + slot * panel_lanes, d / PAIR, list.panel, n, x.dp,
-                      SCORE_STRIDE);
+    gemm_panels<PAIR>(rows, dout_rows + at * tile_rows_lanes, dp / PAIR, values_t + slot * panel_lanes, d / PAIR, list.panel, n,
+                      x.dp, SCORE_STRIDE);
     for (int r = 0; r < rows; r += PAIR) {
       const Mask* mask[2];
       for (int s = 0; s < PAIR; ++s) mask[s] = list.mask + row_mask[r + s] * list.span;

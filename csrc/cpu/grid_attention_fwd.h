@@ -156,7 +156,8 @@ class Forward {
       T* out = row_of<T>(a.out, b, h0 + head_in_group, token);
       const F16 inverse = set1(l[r] == 0.f ? 0.f : 1.f / l[r]);
       for (int c = 0; c < d; c += LANES) store_cols(out + c, mul(load(o + r * dp + c), inverse), d - c);
-      *row_of<float>(a.lse, b, h0 + head_in_group, token) = l[r] == 0.f ? -INFINITY : static_cast<float>(m[r] + log(static_cast<double>(l[r])));
+      const double lse = m[r] + log(static_cast<double>(l[r]));
+      *row_of<float>(a.lse, b, h0 + head_in_group, token) = l[r] == 0.f ? -INFINITY : static_cast<float>(lse);
     }
   }
 
