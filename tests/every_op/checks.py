@@ -3,6 +3,7 @@ each wrong implementation fails at least one."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
@@ -15,6 +16,17 @@ from .rooms import room
 
 RATIO_MAX, RATIO_RMS = 2.0, 1.3
 WORST: dict[tuple, dict[str, float]] = {}
+
+
+@contextlib.contextmanager
+def threads_of(backend: str):
+    """Compiled kernels under test run on two threads; plain torch, like the expectations, on one (see conftest.py)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if backend == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _finite(t):
@@ -64,7 +76,8 @@ def accuracy(op: str, sample, dtype, backend: str) -> None:
     smallest = min(t.numel() for t in (*outputs, *r.inputs(sample, dtype, 0)))
     for seed in range(max(2, min(16, 1500 // smallest))):
         tensors, weights, exact, yard = _expectation(op, sample, dtype, seed)
-        ours = _measure(lambda x: r.call(sample, x, impl=backend), tensors, weights)
+        with threads_of(backend):
+            ours = _measure(lambda x: r.call(sample, x, impl=backend), tensors, weights)
         labels = [*r.outputs] + [f"d{o}/d{i}" for o in (r.outputs[0], "all") for i in range(len(tensors))]
         assert len(labels) == len(ours)
         for label, e, o, y in zip(labels, exact, ours, yard):

@@ -15,6 +15,15 @@ EXPECTED = tomllib.loads(Path(__file__).with_name("expected_matrix.toml").read_t
 TIERS = EXPECTED.pop("tiers")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Expectations are thousands of small torch calls, which a second thread only slows; on a busy machine tenfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def backend_runs(op: str) -> list[tuple[str, str]]:
     """(backend, tier) pairs of an op: the cpu backend once per tier of this processor."""
     module = compiled.cpu()

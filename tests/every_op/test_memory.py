@@ -23,10 +23,11 @@ def everything(op, sample, tensors, backend):
     """Outputs and gradients under fixed loss weights."""
     r = room(op)
     leaves = [t.detach().requires_grad_() for t in tensors]
-    outputs = r.call(sample, leaves, impl=backend)
-    generator = torch.Generator().manual_seed(5)
-    weights = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
-    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, weights)]
+    with checks.threads_of(backend):
+        outputs = r.call(sample, leaves, impl=backend)
+        generator = torch.Generator().manual_seed(5)
+        weights = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+        return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, weights)]
 
 
 @pytest.mark.parametrize("op, backend, tier", RUNS, indirect=["tier"])
