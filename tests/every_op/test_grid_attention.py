@@ -26,13 +26,30 @@ def test_counting_at_small_sizes(backend, tier, dtype):
         checks.counting(Sample("count", 1, 1, 1, 16, (3, 4), 9, rules=rules), dtype, backend)
 
 
-@pytest.mark.parametrize("backend, tier", CPU, indirect=["tier"])
+@pytest.mark.parametrize("backend, tier", BEST, indirect=["tier"])
 @pytest.mark.parametrize("n", TORTURE)
 def test_counting_torture(backend, tier, n):
     """Every alignment of frames to tiles, with one, two and several views and times; awkward large lengths too."""
     for views, times in ((1, 3), (3, 1), (2, 3)):
         for dtype in (torch.float32, torch.bfloat16):
             checks.counting(Sample("torture", 1, 1, 1, 8, (views, times), n), dtype, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend, tier", CPU[:-1], indirect=["tier"])
+@pytest.mark.parametrize("n", TORTURE)
+def test_counting_torture_of_the_other_tiers(backend, tier, n):
+    test_counting_torture(backend, tier, n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend, tier", CPU, indirect=["tier"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [64, 128])
+def test_inclusion_exclusion_torture(backend, tier, dtype, d):
+    """Every alignment again, forward and backward, against the oracle that knows no tiles."""
+    for n in TORTURE[:-1]:
+        checks.inclusion_exclusion(2, 2, n, d, dtype, backend)
 
 
 @pytest.mark.parametrize("backend, tier", BEST, indirect=["tier"])

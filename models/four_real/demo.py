@@ -1,0 +1,253 @@
+"""`vidkern demo`: train a small 4Real-Video-V2 on one clip, let it generate unseen cells of unseen grids, and show the result.
+
+Steps: read the clip; train on its first 70 % under random homographies; generate held-out grids with the real sampler; compare
+with simple baselines; write pictures, metrics and a report. Everything is resumable and every file appears whole or not at all.
+"""
+
+import copy
+import dataclasses
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import vidkern
+from vidkern._files import replacing
+from vidkern.data import bundled_clip
+from vidkern.errors import UserError
+
+from ..shared.metrics import psnr, ssim
+from ..shared.train import Interrupted, TrainConfig, Trainer
+from . import config, report
+from .baselines import baselines
+from .codec import ReferenceCodec
+from .conditioning import References, draw_modes
+from .data import open_clip
+from .loss import FourRealLoss
+from .model import FourRealVideo, parameter_count
+from .sample import generate
+
+SECONDS_PER_TIME = 0.27  # between two times of a grid: long enough that the freeze-time frame alone is a poor guess
+MODE_MIX = (0.0, 0.0, 1.0, 0.0)  # both references always: in minutes, single references teach nothing but their own ambiguity
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """What a run depends on; stored in the checkpoint and in metrics.json."""
+
+    steps: int = 1200
+    batch: int = 2
+    lr: float = 1e-3
+    sampling_steps: int = 4
+    sampling_shift: float = 8.0
+    sigma_mean: float = 2.5
+    held_out_grids: int = 12
+    seed: int = 0
+    video: str = ""
+    device: str = "cpu"
+    autocast: bool = False
+    impl: str = "auto"
+
+
+def add_arguments(parser):
+    parser.add_argument("--video", help="a video file of your own; default: the bundled clip")
+    parser.add_argument("--out", default="vidkern-demo", help="folder for the results (default: %(default)s)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help=f"training steps (default: {DemoSettings.steps})")
+    length.add_argument("--minutes", type=float, help="train for about this long instead; the number of steps is measured first")
+    length.add_argument("--quick", action="store_true", help="a check of the plumbing in about half a minute; the pictures mean nothing")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run in the same folder")
+    parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, training grids and noise (default: %(default)s)")
+    parser.add_argument("--impl", help="force an attention backend, such as cpu or reference; default: vidkern's own choice")
+
+
+def run(args):
+    out = prepare_folder(args.out)
+    device = check_device(args.device)
+    saved = load_checkpoint(out / "checkpoint.pt") if args.resume else None
+    source, fps = open_clip(args.video or bundled_clip(), seconds_per_time=SECONDS_PER_TIME)
+    settings = initial_settings(args, saved)
+    torch.manual_seed(settings.seed)
+    model = FourRealVideo(config.demo()).to(device)
+    loss = GridLoss(source, settings)
+    if saved is None:
+        settings = measure(settings, model, loss, args.minutes)
+        loss = GridLoss(source, settings)
+    trainer = Trainer(model, loss, train_config(settings), checkpoint=out / "checkpoint.pt", log=out / "train.jsonl",
+                      settings={**dataclasses.asdict(settings), "stride": source.stride, "frames": len(source.frames)})
+    if saved is not None:
+        resume(trainer, saved)
+    try:
+        trainer.run()
+    except Interrupted as stop:
+        print(f"vidkern: stopped after {stop.step} of {settings.steps} steps; continue with: vidkern demo --out {args.out} --resume"
+              + (f" --video {args.video}" if args.video else ""), file=sys.stderr)
+        return 130
+    result = evaluate(trainer.averaged.eval(), source, settings)
+    metrics = summarise(result, settings, source, fps, trainer, explain(model, source, settings))
+    report.write(out, result, metrics, fps / source.stride)
+    print(report.headline(metrics))
+    print(f"report: {out / 'report.html'}")
+    return 0
+
+
+def prepare_folder(path):
+    """Make the output folder and prove that it can be written, before any work is done."""
+    out = Path(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(out / "write-test") as fresh:
+            fresh.touch()
+        (out / "write-test").unlink()
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror or error}), expected a folder to write into") from error
+    return out
+
+
+def check_device(name):
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}") from error
+    return device
+
+
+def load_checkpoint(path):
+    if not path.is_file():
+        raise UserError(f"--resume: {path} does not exist, expected the checkpoint of an interrupted run")
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:
+        raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}), expected a checkpoint of this demo") from error
+
+
+def resume(trainer, saved):
+    try:
+        trainer.resume(saved)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--resume: {error}; repeat the options of the first run, or start anew without --resume") from error
+
+
+def initial_settings(args, saved):
+    """Settings from the command line; what a first run measured is taken from its checkpoint."""
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: expected at least 1")
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
+        raise UserError(f"--minutes {args.minutes}: expected a positive number")
+    known = {} if saved is None else saved.get("settings", {})
+    settings = DemoSettings(steps=args.steps or known.get("steps", DemoSettings.steps), seed=args.seed, device=args.device,
+                            impl=args.impl or "auto", video=str(args.video or ""), autocast=known.get("autocast", False))
+    if args.quick or (args.steps is None and known.get("held_out_grids") == 2):
+        settings = dataclasses.replace(settings, steps=20, held_out_grids=2, sampling_steps=2)
+    return settings
+
+
+class GridLoss:
+    """Draws training grids and computes the loss of a step; every random number comes from the trainer's generator."""
+
+    def __init__(self, source, settings):
+        self.source, self.settings, self.codec = source, settings, ReferenceCodec()
+        self.impl = None if settings.impl == "auto" else settings.impl
+        # Reference cells are known and easy: they count little, so that capacity goes to the cells that are asked for. Times near noise
+        # are drawn most, where the picture must come from the references; the sampler's shift spends its steps there too.
+        self.loss = FourRealLoss(reference_weight=0.1, sigma_mean=settings.sigma_mean)
+
+    def __call__(self, model, step, generator):
+        grid = self.source.train(self.settings.batch, generator).to(self.settings.device)
+        references = References.from_grid(grid, draw_modes(len(grid), generator, MODE_MIX))
+        return self.loss(model, self.codec.encode(grid, references), references, generator, impl=self.impl), {}
+
+
+def train_config(settings):
+    return TrainConfig(steps=settings.steps, lr=settings.lr, warmup=min(20, settings.steps), seed=settings.seed, ema=0.99,
+                       save_every=100, autocast="bf16" if settings.autocast else None)
+
+
+def measure(settings, model, loss, minutes):
+    """Time a few steps in fp32 and in bf16, take the faster, and say how long the run will take."""
+    print("measuring the speed of this machine ...", flush=True)
+    seconds = {}
+    for autocast in (False, True):
+        trial = dataclasses.replace(settings, steps=3, autocast=autocast)
+        trainer = Trainer(copy.deepcopy(model), loss, train_config(trial), progress=False)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            trainer.one_step()
+            times.append(time.perf_counter() - began)
+        seconds[autocast] = min(times)
+    autocast = min(seconds, key=seconds.get)
+    steps = settings.steps if minutes is None else max(20, round(minutes * 60 / seconds[autocast]))
+    # Sampling: forward passes alone, about a third of a training step for each grid, sampling step and grid of the batch.
+    sampling = settings.held_out_grids * settings.sampling_steps / settings.batch * seconds[autocast] / 3
+    total = (steps * seconds[autocast] + sampling + 10) / 60
+    print(f"{parameter_count(model) / 1e6:.1f}M parameters, {steps} steps of {seconds[autocast]:.2f} s in {'bf16' if autocast else 'fp32'}:"
+          f" about {total:.1f} minutes in total", flush=True)
+    return dataclasses.replace(settings, steps=steps, autocast=autocast)
+
+
+@torch.no_grad()
+def evaluate(model, source, settings):
+    """Generate the held-out grids from their references. Returns pixels in [0, 1], all [n, V, T, 3, h, w], and the mask [V, T]."""
+    truth, codec = source.held_out(settings.held_out_grids), ReferenceCodec()
+    noise = torch.Generator().manual_seed(settings.seed)
+    generated = []
+    for grid in truth.split(2):
+        grid = grid.to(settings.device)
+        references = References.from_grid(grid, "both")
+        z = generate(model, references, steps=settings.sampling_steps, shift=settings.sampling_shift, generator=noise, progress=True,
+                     autocast=torch.bfloat16 if settings.autocast else None, impl=None if settings.impl == "auto" else settings.impl)
+        pixels = codec.decode(z, references).clamp(-1, 1)
+        generated.append(torch.where(references.mask[..., None, None, None], grid, pixels).cpu())
+    unit = {name: (value + 1) / 2 for name, value in baselines(truth).items()}
+    return {"truth": (truth + 1) / 2, "model": (torch.cat(generated) + 1) / 2, "baselines": unit, "mask": references.mask[0].cpu()}
+
+
+def explain(model, source, settings):
+    """Which backend serves the model's attention, and why; text."""
+    dit = model.config.dit
+    tokens = source.views * source.times * (source.size[0] // dit.patch) * (source.size[1] // dit.patch)
+    q = torch.empty(settings.batch, tokens, dit.heads, dit.dim // dit.heads, device=settings.device,
+                    dtype=torch.bfloat16 if settings.autocast else torch.float32)
+    impl = None if settings.impl == "auto" else settings.impl
+    return str(vidkern.explain(vidkern.grid_attention, q, q, q, grid=(source.views, source.times), layout="blhd", impl=impl))
+
+
+def summarise(result, settings, source, fps, trainer, backend):
+    """Everything that metrics.json holds. PSNR and SSIM are means over unseen cells of all held-out grids."""
+    truth, unseen, dit = result["truth"], ~result["mask"], trainer.model.config.dit
+    filled = {"model": result["model"], **result["baselines"]}
+    cells = {name: psnr(grid, truth).mean(0) for name, grid in filled.items()}
+    means = {name: round(cell[unseen].mean().item(), 3) for name, cell in cells.items()}
+    best = max(result["baselines"], key=means.get)
+    pooled = {name: round(-10 * math.log10((grid - truth).square().mean((0, -3, -2, -1))[unseen].mean().item()), 3)
+              for name, grid in filled.items()}
+    per_grid = psnr(filled["model"], truth)[:, unseen].mean(1) - psnr(filled[best], truth)[:, unseen].mean(1)
+    return {
+        "psnr": means,
+        "ssim": {name: round(ssim(grid, truth).mean(0)[unseen].mean().item(), 4) for name, grid in filled.items()},
+        "psnr_of_mean_error": pooled,
+        "best_baseline": best,
+        "margin_db_over_best": round(means["model"] - means[best], 3),
+        "margin_db_over_nearest": round(means["model"] - means["nearest"], 3),
+        "margin_db_per_grid": [round(x, 2) for x in per_grid.tolist()],
+        "psnr_per_cell": {name: [[None if result["mask"][v, t] else round(x, 2) for t, x in enumerate(row)]
+                                 for v, row in enumerate(cells[name].tolist())] for name in ("model", best, "nearest")},
+        "shown_grid": int(per_grid.argsort()[len(per_grid) // 2]),
+        "settings": dataclasses.asdict(settings),
+        "clip": {"file": settings.video or "bundled", "frames": len(source.frames), "fps": round(fps, 3), "stride": source.stride,
+                 "trained_on_frames": [0, source.split - 1], "held_out_frames": [source.split, len(source.frames) - 1]},
+        "model": {"parameters": parameter_count(trainer.model), "blocks": len(dit.blocks), "dim": dit.dim, "heads": dit.heads,
+                  "patch": dit.patch},
+        "training_seconds": round(trainer.seconds, 1),
+        "attention_backend": backend,
+        "versions": {"vidkern": vidkern.__version__, "torch": torch.__version__, "python": platform.python_version(),
+                     "threads": torch.get_num_threads()},
+    }
+

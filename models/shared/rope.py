@@ -1,0 +1,67 @@
+"""Rotary position embedding over any number of axes, with float positions (RoFormer, arXiv 2104.09864, §3.2.2).
+
+A head of width D holds D/2 complex numbers z_i = x_i + 1j x_(i + D/2). They are shared out over the axes in order; inside the
+share of an axis of width d (d/2 numbers), number j is turned by ``position * theta ** (-2 j / d)``: z <- z * exp(1j * angle).
+"""
+
+import torch
+from torch import nn
+
+
+def split_head_dim(head_dim, n_axes=3):
+    """Even channel counts per axis that add up to `head_dim`: the first axis (time) gets half, the others share the rest."""
+    if head_dim % 2 or head_dim < 2 * n_axes:
+        raise ValueError(f"head_dim={head_dim}: expected an even number of at least {2 * n_axes} for {n_axes} axes")
+    if n_axes == 1:
+        return (head_dim,)
+    rest = max(1, head_dim // 2 // (2 * (n_axes - 1))) * 2
+    return (head_dim - rest * (n_axes - 1),) + (rest,) * (n_axes - 1)
+
+
+def collapsed_time(views, times, t_max, device=None):
+    """Positions [views * times] on the time axis: ``view * t_max + time`` (4Real-Video-V2, arXiv 2506.18839, "Positional embedding").
+
+    Frames of one view keep the offsets that a video model knows; frames of one time differ by multiples of `t_max`, so a view
+    step is never mistaken for a time step. That holds only while ``times <= t_max``; a longer clip raises ValueError.
+    """
+    if times > t_max:
+        raise ValueError(f"T={times} is greater than t_max={t_max}: positions of different views would collide; raise t_max")
+    view = torch.arange(views, device=device, dtype=torch.float32)
+    time = torch.arange(times, device=device, dtype=torch.float32)
+    return (view[:, None] * t_max + time[None, :]).flatten()
+
+
+class RotaryEmbedding(nn.Module):
+    """Makes the (cos, sin) tables [L, head_dim / 2] for positions given per axis.
+
+    axes: channels per axis, even, their sum is head_dim. theta: base of the frequencies.
+    """
+
+    def __init__(self, axes, theta=10_000.0):
+        super().__init__()
+        if any(a <= 0 or a % 2 for a in axes):
+            raise ValueError(f"axes={tuple(axes)}: expected positive even channel counts")
+        self.axes, self.theta = tuple(axes), float(theta)
+
+    def forward(self, positions):
+        """positions: one float tensor [L] per axis. Returns fp32 (cos, sin), each [L, head_dim / 2].
+
+        A leading batch axis on every position tensor gives tables [B, L, head_dim / 2]."""
+        if len(positions) != len(self.axes):
+            raise ValueError(f"positions: got {len(positions)} axes, expected {len(self.axes)}")
+        angles = []
+        for position, width in zip(positions, self.axes):
+            rate = self.theta ** (-torch.arange(0, width, 2, device=position.device, dtype=torch.float64) / width)
+            angles.append(position.double()[..., None] * rate)
+        angle = torch.cat(angles, -1)
+        return angle.cos().float(), angle.sin().float()
+
+    def extra_repr(self):
+        return f"axes={self.axes}, theta={self.theta:g}"
+
+
+def apply_rope(x, table):
+    """Turn x [B, L, H, D] by ``table = (cos, sin)`` of a `RotaryEmbedding`; computed in fp32, returned in x's dtype."""
+    cos, sin = (part[..., None, :] for part in table)
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,68 @@
+"""`vidkern demo` from the command line: one whole quick run with a real Ctrl-C in it, and every error a person can make."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from vidkern.cli import main
+from vidkern.data import read_video, write_video
+
+
+def test_interrupt_resume_and_results(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vidkern", "demo", "--quick", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, deadline = out / "train.jsonl", time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 130 and "Traceback" not in errors
+    last = errors.replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("vidkern: stopped after ") and last.endswith(f"vidkern demo --out {out} --resume")
+    assert sorted(os.listdir(out)) == ["checkpoint.pt", "train.jsonl"]
+
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(out)) == ["checkpoint.pt", "grid.mp4", "grid.png", "metrics.json", "report.html", "train.jsonl"]
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 21))
+    metrics = json.loads((out / "metrics.json").read_text())
+    best = metrics["best_baseline"]
+    assert metrics["psnr"][best] == max(v for k, v in metrics["psnr"].items() if k != "model")
+    assert metrics["margin_db_over_best"] == pytest.approx(metrics["psnr"]["model"] - metrics["psnr"][best], abs=2e-3)
+    assert [[cell is None for cell in row] for row in metrics["psnr_per_cell"]["model"]] == [[True] * 8] + [[True] + [False] * 7] * 3
+    assert len(read_video(out / "grid.mp4").frames) >= 8
+    page = (out / "report.html").read_text()
+    assert page.count("src=\"data:") == 2 and "http" not in page.replace("http://www.w3.org", "") and "grid_attention" in page
+    assert f"margin {metrics['margin_db_over_best']:+.2f} dB" in done.stdout
+
+
+def one_line_error(capsys, arguments, *parts):
+    assert main(["demo", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vidkern: error: ") and error.count("\n") == 1
+    assert all(part in error for part in parts), error
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a video")
+    short = tmp_path / "short.mp4"
+    write_video(short, torch.zeros(5, 3, 32, 32, dtype=torch.uint8), 10)
+    out = ["--out", tmp_path / "out"]
+    one_line_error(capsys, ["--out", tmp_path / "file" / "below"], "--out", "cannot be written")
+    one_line_error(capsys, [*out, "--video", tmp_path / "missing.mp4"], "missing.mp4", "no such file")
+    one_line_error(capsys, [*out, "--video", tmp_path / "file"], str(tmp_path / "file"))
+    one_line_error(capsys, [*out, "--video", short], "has 5 frames, expected at least 24")
+    one_line_error(capsys, [*out, "--resume"], "--resume", "does not exist")
+    one_line_error(capsys, [*out, "--steps", 0], "--steps 0: expected at least 1")
+    one_line_error(capsys, [*out, "--minutes", -1], "--minutes -1.0: expected a positive number")
+    one_line_error(capsys, [*out, "--device", "nowhere"], "--device nowhere")
+    (tmp_path / "out/checkpoint.pt").write_text("torn")
+    one_line_error(capsys, [*out, "--resume"], "cannot be read", "expected a checkpoint")
+    assert os.listdir(tmp_path / "out") == ["checkpoint.pt"]
