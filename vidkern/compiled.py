@@ -17,6 +17,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("vidkern._cpu"), None
     except ImportError as error:
+        # A tier that was named never falls back silently.
+        if "VIDKERN_CPU_ISA" in str(error):
+            raise ValueError(str(error)) from None
         record = Path(__file__).with_name("_build_info.json")
         if "vidkern._cpu" in str(error) and record.is_file():
             reason = json.loads(record.read_text()).get("reason")

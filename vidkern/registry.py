@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 _LIB = torch.library.Library("vidkern", "DEF")
 _OPS: dict[str, Op] = {}
 _forced: str = "auto"
-_explaining: list | None = None
+_local = threading.local()  # .explaining: the calls that explain() of this thread has caught
 # Fixed strides: a compiler may not hand a kernel other strides than the traced ones.
 _TAGS = (
     torch.Tag.pt2_compliant_tag,
@@ -30,8 +32,7 @@ _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 # call, so that the dispatcher would only come back to the op's kernel, 4 microseconds later.
 _PLAIN = {torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)}
 # The dispatcher has already chosen the functorch level when an Autograd kernel runs, so the node for just that level is
-# what is wanted; torch.autograd.Function would start over from the outermost level. It is what every op with an autograd
-# formula in torch does, and its apply() costs half as much.
+# what is wanted; torch.autograd.Function would start over from the outermost level, and its apply() costs twice as much.
 _LevelFunction = torch.autograd.function._SingleLevelFunction
 
 
@@ -112,6 +113,21 @@ def _unflatten(flat: Sequence, plan: tuple | None) -> tuple:
             args.append(list(flat[i : i + n]))
             i += n
     return tuple(args)
+
+
+def _wants_gradient(name: str, args: Sequence) -> bool:
+    """Whether autograd must record this call. Forward mode has no formula here, and dropping a tangent would be silent."""
+    if forward_ad._current_level >= 0:
+        for t in _flatten(args)[0]:
+            if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+                raise RuntimeError(f"{name}: forward-mode differentiation is not supported, expected reverse mode")
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+
+
+def _lower_levels():
+    """What a node's forward runs the rest of the dispatch under: a node switches gradients off, but inside torch.func an outer
+    level still has to record the call."""
+    return torch.enable_grad() if torch._C._are_functorch_transforms_active() else contextlib.nullcontext()
 
 
 def _apply(function, keyset, args):
@@ -207,15 +223,25 @@ class Op:
         """Call the op with positional arguments, ``impl`` (None = what :func:`use` says) last."""
         if args[-1] is None:
             args = (*args[:-1], _forced)
-        if _explaining is not None:
-            _explaining.append((self, args))
-            raise _Explained
+        if not torch.compiler.is_compiling():
+            self._outside_the_compiler(args)
         return self.overload(*args)
+
+    def _outside_the_compiler(self, args) -> None:
+        if not isinstance(args[-1], str):
+            raise TypeError(f"impl: {args[-1]!r}, expected a backend's name or None")
+        if getattr(_local, "explaining", None) is not None:
+            _local.explaining.append((self, args))
+            raise _Explained
+        if not self._sharded:
+            self._prepare_sharding(args)
 
     def call_out(self, outputs: Sequence[torch.Tensor], *args) -> None:
         """The ``out`` overload: write into ``outputs``; raises RuntimeError if anything requires grad."""
         if args[-1] is None:
             args = (*args[:-1], _forced)
+        if not torch.compiler.is_compiling():
+            self._outside_the_compiler(args)
         self._out_overload(*args, **dict(zip(self._out_names, outputs)))
 
     # ---- dispatcher kernels -------------------------------------------------------------------------------------
@@ -233,20 +259,23 @@ class Op:
         device = "cpu" if key == "AutocastCPU" else "cuda"
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-        def lower(t, dtype):
+        def kernel(*args):
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self.overload(*self._lowered(args, device))
+
+        return kernel
+
+    def _lowered(self, args: Sequence, device: str) -> list:
+        """The arguments as autocast hands them on."""
+
+        def lower(t):
             eligible = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
             return t.to(dtype) if eligible and t.dtype != dtype else t
 
-        def kernel(*args):
-            dtype = torch.get_autocast_dtype(device)
-            args = list(args)
-            for i in self._cast:
-                many = isinstance(args[i], (list, tuple))
-                args[i] = [lower(t, dtype) for t in args[i]] if many else lower(args[i], dtype)
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                return self.overload(*args)
-
-        return kernel
+        dtype, args = torch.get_autocast_dtype(device), list(args)
+        for i in self._cast:
+            args[i] = [lower(t) for t in args[i]] if isinstance(args[i], (list, tuple)) else lower(args[i])
+        return args
 
     def _prepare_sharding(self, args: Sequence) -> None:
         """Tell DTensor how to shard this op, the first time a DTensor arrives.
@@ -270,14 +299,14 @@ class Op:
 
     def _no_gradient(self, keyset, *args):
         self._prepare_sharding(args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if _wants_gradient(self.name, args):
             raise RuntimeError(f"{self.name}: has no backward, expected inputs that do not require grad")
         return self._below_autograd(keyset, args)
 
     def _autograd_kernel(self, keyset, *args):
         if not self._sharded:
             self._prepare_sharding(args)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if not _wants_gradient(self.name, args):
             return self._below_autograd(keyset, args)
         # The choice is made once, here, and handed to the backward op.
         args = (*args[:-1], self.choose(args))
@@ -301,7 +330,7 @@ class Op:
         class Twice(_LevelFunction):
             @staticmethod
             def forward(ctx, keyset, plan, *flat):
-                with torch._C._AutoDispatchBelowAutograd():
+                with torch._C._AutoDispatchBelowAutograd(), _lower_levels():
                     return overload.redispatch(keyset & _AFTER_AUTOGRAD, *_unflatten(flat, plan))
 
             @staticmethod
@@ -309,7 +338,7 @@ class Op:
                 raise RuntimeError(f"{name}: double backward is not supported, expected first-order gradients only")
 
         def autograd(keyset, *args):
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if _wants_gradient(name, args):
                 return _apply(Twice, keyset, args)
             if (keyset & _AFTER_AUTOGRAD).raw_repr() in _PLAIN:
                 return kernel(*args)
@@ -330,7 +359,8 @@ class Op:
             @staticmethod
             def forward(ctx, keyset, plan, *flat):
                 args = _unflatten(flat, plan)
-                output = op._below_autograd(keyset, args)
+                with _lower_levels():
+                    output = op._below_autograd(keyset, args)
                 outputs = output if isinstance(output, tuple) else (output,)
                 ctx.set_materialize_grads(False)
                 ctx.save_for_backward(*gradient.save(args, outputs))
@@ -370,10 +400,10 @@ class Op:
             # Memory that is never touched costs next to nothing, so asking what would be allocated is cheap.
             for n, want, have in zip(self._out_names, self._allocate(*args), given):
                 same = have.shape == want.shape and have.dtype == want.dtype and have.device == want.device
-                if not same or have.stride(-1) != 1:
+                if not same or have.stride(-1) != 1 or torch._debug_has_internal_overlap(have) == 1:
                     raise ValueError(
                         f"{n}: {tuple(have.shape)} {have.dtype} on {have.device} with strides {have.stride()}, expected "
-                        f"{tuple(want.shape)} {want.dtype} on {want.device} with a last stride of 1"
+                        f"{tuple(want.shape)} {want.dtype} on {want.device} with a last stride of 1 and no repeated memory"
                     )
 
         def kernel(*args, **given):
@@ -382,7 +412,7 @@ class Op:
             self._by_name[self.choose(args)].run(outputs, *args)
 
         def autograd(keyset, *args, **given):
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **given):
+            if _wants_gradient(self.name, (*args, *given.values())):
                 raise RuntimeError(f"{self.name}: out= is inference only, expected tensors that do not require grad")
             with torch._C._AutoDispatchBelowAutograd():
                 return self._out_overload.redispatch(keyset & _AFTER_AUTOGRAD, *args, **given)
@@ -390,6 +420,12 @@ class Op:
         _LIB.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vidkern::{name}", lambda *args, **given: None, lib=_LIB)
         _LIB.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def evenly_sharded(specs: Sequence, axes: Sequence[int]) -> list[int]:
+    """Those of ``axes`` that every mesh dimension divides in every ``DTensorSpec``: the others would leave ragged shards."""
+    sizes = specs[0].mesh.shape
+    return [axis for axis in axes if all(t.shape[axis] % n == 0 for t in specs for n in sizes)]
 
 
 def _register_flops(overload, flops) -> None:
@@ -415,7 +451,8 @@ def use(impl: str) -> Iterator[None]:
 
     Args:
         impl: name of a backend, or "auto" to choose again. ``impl=`` given to a call wins over it. Gradients follow the
-            backend that the forward ran on, wherever ``backward()`` is called.
+            backend that the forward ran on, wherever ``backward()`` is called. It holds for the whole process, not for one
+            thread, and goes around a compiled function, not into it.
 
     Raises:
         ValueError: no op has a backend of that name.
@@ -460,19 +497,24 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
         an :class:`Explanation`; ``print`` it.
 
     Raises:
-        whatever the function's own checks raise; TypeError if it calls no vidkern op.
+        ValueError, TypeError: the function's own checks failed, ``impl`` is unknown, or the function calls no vidkern op.
     """
-    global _explaining
-    _explaining = calls = []
+    before = getattr(_local, "explaining", None)
+    _local.explaining = calls = []
     try:
         function(*args, **kwargs)
     except _Explained:
         pass
     finally:
-        _explaining = None
+        _local.explaining = before
     if not calls:
         raise TypeError(f"function: {function!r} called no vidkern op, expected a public vidkern function")
     op, op_args = calls[0]
+    device = _flatten(op_args)[0][0].device.type
+    if torch.is_autocast_enabled(device):
+        op_args = op._lowered(op_args, device)
+    if op_args[-1] not in ("auto", *op._by_name):
+        op.choose(op_args)
     wanted, chosen, reasons = op_args[-1], None, {}
     for backend in op.backends:
         reason = backend.why_not(*op_args)

@@ -1,7 +1,7 @@
 """Parametrisation over the registry, and the record of the worst accuracy ratios."""
 
+import contextlib
 import json
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,11 @@ import torch
 from vidkern import compiled
 
 from . import checks
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
 
 EXPECTED = tomllib.loads(Path(__file__).with_name("expected_matrix.toml").read_text())
 TIERS = EXPECTED.pop("tiers")
@@ -45,7 +50,7 @@ def tier(request):
     compiled.cpu().set_isa(before)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def poisoned():
     """Fresh memory is NaN: an element that a kernel forgets to write shows."""
     before = torch.are_deterministic_algorithms_enabled()

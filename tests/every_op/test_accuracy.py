@@ -83,8 +83,7 @@ def test_gradcheck_of_the_reference(op):
 
 @pytest.mark.parametrize("op, backend", [(o, b) for o in EXPECTED for b in EXPECTED[o]])
 def test_cotangents_of_every_form(op, backend):
-    """dO expanded from one number, dO transposed in memory, or absent: the same gradients as a dense dO; an unused input that
-    needs no gradient costs nothing."""
+    """dO expanded from one number, dO transposed in memory, or absent: the same gradients as a dense dO."""
     r = room(op)
     sample = r.samples[0]
     tensors = [t.requires_grad_() for t in r.inputs(sample, torch.float32, 0)]

@@ -47,6 +47,18 @@ BAD = {
     "anchor range": (grid(anchors={"views": [2]}), ValueError, r'anchors: 2 in "views", expected 0..1'),
     "anchor frame": (grid(anchors={"frames": [(0, 3)]}), ValueError, r'anchors: \(0, 3\) in "frames"'),
     "anchor kind": (grid(anchors={"rows": [0]}), ValueError, "anchors: .* expected a mapping with keys among"),
+    "anchor scalar": (grid(anchors={"views": 0}), ValueError, r'anchors: 0 in "views", expected a list of integers'),
+    "anchor text": (grid(anchors={"views": ["a"]}), ValueError, "anchors: .* expected a list of integers"),
+    "anchor fraction": (grid(anchors={"frames": [(0.9, 1.5)]}), ValueError, r"anchors: .* expected a list of \(view, time\) pairs"),
+    "anchor cell": (grid(anchors={"frames": [0]}), ValueError, r"anchors: .* expected a list of \(view, time\) pairs"),
+    "causal text": (grid(causal_time="no"), ValueError, "causal_time: 'no', expected True or False"),
+    "deterministic text": (grid(deterministic="no"), ValueError, "deterministic: 'no', expected True, False or None"),
+    "grid bool": (grid(grid=(True, 2)), ValueError, r"grid: \(True, 2\), expected"),
+    "grid float": (grid(grid=(2.0, 3)), ValueError, r"grid: \(2.0, 3\), expected"),
+    "window bool": (grid(window_time=True), ValueError, "window_time: True, expected"),
+    "impl number": (grid(impl=3), TypeError, "impl: 3, expected a backend's name"),
+    "sparse": (grid(q=torch.zeros(1, 2, 24, 16).to_sparse()), ValueError, "q: layout torch.sparse_coo, expected a dense tensor"),
+    "list fraction": (lambda: vidkern.FramePattern.from_lists([[0.5], [1]]), ValueError, "lists: query frame 0 names key frame 0.5"),
     "include unknown": (grid(include=("rows",)), ValueError, r"include: \('rows',\), expected a non-empty subset"),
     "include empty": (grid(include=()), ValueError, r"include: \(\), expected a non-empty subset"),
     "hides everything": (grid(include=("view",), window_time=0), ValueError, "hides everything"),
@@ -90,6 +102,13 @@ BAD = {
         lambda: vidkern.merge_attention(qkv()[:1], [torch.randn(1, 2, 24)], out=3), TypeError, "out: int, expected a torch.Tensor",
     ),
 }
+
+
+def test_checks_do_not_depend_on_what_was_called_before():
+    grid(window_time=1)()
+    for bad in ({"window_time": True}, {"grid": (2.0, 3)}, {"causal_time": 1}):
+        with pytest.raises(ValueError):
+            grid(**bad)()
 
 
 @pytest.mark.parametrize("name", BAD)

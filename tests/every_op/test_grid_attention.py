@@ -175,6 +175,46 @@ def test_invalid_cells_equal_the_compacted_sequence(backend, tier):
     assert (whole[:, :, ~valid.flatten()] == 0).all()
 
 
+@pytest.mark.parametrize("backend, tier", BACKENDS, indirect=["tier"])
+@pytest.mark.parametrize("position", ["front", "back"])
+def test_masks_token_by_token(backend, tier, position):
+    """valid, kv_len and text_len spelled out pair by pair, with nothing shared with the reference."""
+    views, times, n, n_text, d = 2, 2, 3, 4, 16
+    length = n_text + views * times * n
+    q, k, v = (torch.randn(2, 1, length, d) for _ in range(3))
+    valid = torch.tensor([[[True, False], [True, True]], [[True, True], [True, True]]])
+    kv_len = torch.tensor([[[3, 2], [1, 0]], [[2, 2], [3, 3]]])
+    text_len = torch.tensor([2, 4])
+    got, lse = vidkern.grid_attention(
+        q, k, v, grid=(views, times), valid=valid, kv_len=kv_len, n_text=n_text, text_len=text_len, text_position=position,
+        causal_time=True, return_lse=True, impl=backend,
+    )
+
+    def place(token):
+        """None and the index of a text token, or the frame and the index of a video token."""
+        video = token - n_text if position == "front" else token
+        if 0 <= video < views * times * n:
+            return divmod(video // n, times), video % n
+        return None, token if position == "front" else token - views * times * n
+
+    for b in range(2):
+        for i in range(length):
+            seen = []
+            for j in range(length):
+                (fq, _), (fk, r) = place(i), place(j)
+                dead = fq is not None and not valid[b][fq] or fk is not None and not valid[b][fk]
+                inside = r < (text_len[b] if fk is None else kv_len[b][fk])
+                related = fq is None or fk is None or fq[1] == fk[1] or (fq[0] == fk[0] and fk[1] <= fq[1])
+                if inside and related and not dead:
+                    seen.append(j)
+            if not seen:
+                assert (got[b, 0, i] == 0).all() and lse[b, 0, i] == -torch.inf
+                continue
+            logits = k[b, 0, seen] @ q[b, 0, i] / d**0.5
+            torch.testing.assert_close(lse[b, 0, i], logits.logsumexp(0), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got[b, 0, i], logits.softmax(0) @ v[b, 0, seen], rtol=1e-4, atol=1e-5)
+
+
 def test_lse_is_the_natural_log():
     q = torch.zeros(1, 1, 6, 8)
     _, lse = vidkern.grid_attention(q, q, q, grid=(2, 3), return_lse=True)

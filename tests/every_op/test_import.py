@@ -43,3 +43,9 @@ def test_forced_tier():
     code = "import torch, vidkern; from vidkern import compiled; print(compiled.cpu().isa())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"VIDKERN_CPU_ISA": "portable", "PATH": ""})
     assert run.stdout.strip() == "portable", run.stderr
+
+
+def test_unknown_forced_tier_is_an_error_not_a_fallback():
+    code = "import torch, vidkern; q = torch.ones(1, 1, 4, 8); vidkern.grid_attention(q, q, q, grid=(2, 2))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"VIDKERN_CPU_ISA": "avx10", "PATH": ""})
+    assert run.returncode == 1 and "VIDKERN_CPU_ISA" in run.stderr.splitlines()[-1]

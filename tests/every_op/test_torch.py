@@ -60,7 +60,7 @@ def test_opcheck(op, backend):
 
 @pytest.mark.parametrize("op, backend", EVERY)
 def test_compiles_as_one_graph(op, backend):
-    """fullgraph, forward and backward, equal to eager bit for bit; static and dynamic lengths."""
+    """fullgraph, forward and backward, equal to eager bit for bit."""
     r = room(op)
     for sample in (r.samples[0], r.samples[1]):
         torch._dynamo.reset()
@@ -128,6 +128,46 @@ def test_fake_tensors_know_shapes_and_strides(op):
             fake = r.call(sample, [torch.empty_strided(t.shape, t.stride()) for t in r.inputs(sample, torch.float32, 0)])
         for a, b in zip(fake, real):
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), sample.name
+
+
+def test_what_changes_between_calls_compiles():
+    """Another scale, another grid, several masks with dynamic shapes: no graph break."""
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 24, 16)
+    step = torch.compile(lambda q, s, g: vidkern.grid_attention(q, q, q, grid=g, scale=s), fullgraph=True, backend="aot_eager")
+    for scale, grid in ((0.1, (2, 3)), (0.2, (2, 3)), (0.3, (4, 3)), (0.3, (6, 2))):
+        assert torch.equal(step(q, scale, grid), vidkern.grid_attention(q, q, q, grid=grid, scale=scale))
+    torch._dynamo.reset()
+    call = lambda q, valid, kv_len, text_len: vidkern.grid_attention(
+        q, q, q, grid=(2, 3), n_text=6, valid=valid, kv_len=kv_len, text_len=text_len
+    )
+    masks = torch.tensor([[[True, True, False], [True, True, True]]]), torch.tensor([[[1, 2, 3], [3, 2, 1]]]), torch.tensor([4])
+    got = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)(q, *masks)
+    assert torch.equal(got, call(q, *masks))
+
+
+def test_autocast_takes_mixed_dtypes():
+    """A norm in float32 before q, projections in bfloat16: what a DiT block hands over."""
+    sample = ROOMS["grid_attention"].samples[0]
+    q, k, v = sample.tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = sample.call(q, k.bfloat16(), v.bfloat16())
+        found = vidkern.explain(vidkern.grid_attention, q.half(), k, v, grid=(3, 4))
+    assert torch.equal(got, sample.call(q.bfloat16(), k.bfloat16(), v.bfloat16())) and found.chosen == "cpu"
+
+
+@pytest.mark.parametrize("op, backend", EVERY)
+def test_unsupported_derivatives_raise(op, backend):
+    """Forward mode, and second order through torch.func: an error, never a silent zero."""
+    r = room(op)
+    sample = r.samples[0]
+    first, *rest = r.inputs(sample, torch.float32, 0)
+    call = lambda x: r.call(sample, (x, *rest), impl=backend)[0]
+    with pytest.raises(RuntimeError, match="forward-mode differentiation is not supported"):
+        torch.func.jvp(call, (first,), (first,))
+    inner = lambda x: torch.func.grad(lambda y: call(y).square().sum())(x).square().sum()
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.func.grad(inner)(first)
 
 
 def test_autocast_lowers_attention():
@@ -211,6 +251,8 @@ def test_out_overload_writes_in_place_and_is_inference_only():
         torch.testing.assert_close(got_lse, lse)
     with pytest.raises(RuntimeError, match="out= is inference only"):
         sample.call([outs[0].requires_grad_(), *outs[1:]], lses, out=torch.empty_like(outs[0]))
+    with pytest.raises(ValueError, match="out: .* no repeated memory"):
+        sample.call([o.detach() for o in outs], lses, out=torch.zeros_like(outs[0][:1]).expand_as(outs[0]))
     with pytest.raises(ValueError, match=r"out: .* expected"):
         sample.call([o.detach() for o in outs], lses, out=torch.empty_like(outs[0])[..., :8])
     torch._dynamo.reset()
@@ -248,6 +290,16 @@ DTENSOR = """
             got.backward(distribute_tensor(turn(g), mesh, [Shard(axis)]))
             pairs = [(got, want)] + [(s.grad, p.grad) for s, p in zip(shared, plain)]
             result[f"{layout} {name}"] = [str(got.placements[0]), max(float((a.full_tensor() - b).abs().max()) for a, b in pairs)]
+    parts, lses = [q, g], [q[..., 0].contiguous(), g[..., 0].contiguous()]
+    for axis in (0, 1, 2):
+        plain = [t.clone().requires_grad_() for t in parts]
+        want = vidkern.merge_attention(plain, lses)
+        want[0].backward(q)
+        shared = [distribute_tensor(t, mesh, [Shard(axis)]).requires_grad_() for t in parts]
+        got = vidkern.merge_attention(shared, [distribute_tensor(t, mesh, [Shard(axis)]) for t in lses])
+        got[0].backward(distribute_tensor(q, mesh, [Shard(axis)]))
+        pairs = [(got[0], want[0]), (got[1], want[1])] + [(s.grad, p.grad) for s, p in zip(shared, plain)]
+        result[f"merge {axis}"] = [str(got[0].placements[0]), max(float((a.full_tensor() - b).abs().max()) for a, b in pairs)]
     if rank == 0:
         print(json.dumps(result))
     dist.destroy_process_group()
@@ -266,6 +318,7 @@ def test_dtensor_shards_batch_and_heads(tmp_path):
     assert all(error < 1e-5 for _, error in result.values()), result
     where = {name: placement for name, (placement, _) in result.items()}
     assert where["bhld batch"] == where["blhd batch"] == "S(0)"
+    assert [where[f"merge {axis}"] for axis in (0, 1, 2)] == ["S(0)", "S(1)", "S(2)"]
     assert where["bhld heads"] == "S(1)" and where["blhd heads"] == "S(2)"
 
 

@@ -152,13 +152,7 @@ def _placements(tensors, masks, returns):
         return [placement] * returns, inputs
 
     spec = [t for t in tensors if t is not None and len(t.shape) == 4]
-    size = spec[0].mesh.size()
-    rules = [rule(Replicate())]
-    if spec[0].shape[0] % size == 0:
-        rules.append(rule(Shard(0)))
-    if all(t.shape[1] % size == 0 for t in spec):
-        rules.append(rule(Shard(1)))
-    return rules
+    return [rule(Replicate()), *(rule(Shard(axis)) for axis in registry.evenly_sharded(spec, (0, 1)))]
 
 
 def _shard(q, k, v, valid, kv_len, text_len, *rest):
@@ -221,6 +215,7 @@ def _in_order(q, k, v, head, token) -> bool:
     return (
         q.dtype is k.dtype is v.dtype
         and q.dtype.is_floating_point
+        and q.layout is k.layout is v.layout is torch.strided
         and q.device == k.device == v.device
         and dim == ks[3]
         and dim % 8 == 0
@@ -242,9 +237,12 @@ def _check(q, k, v, layout) -> None:
             raise ValueError(f"{name}: shape {tuple(t.shape)}, expected 4 dimensions {shape}")
         if not t.is_floating_point():
             raise ValueError(f"{name}: dtype {t.dtype}, expected a floating-point dtype")
+        if t.layout is not torch.strided:
+            raise ValueError(f"{name}: layout {t.layout}, expected a dense tensor")
         if t.numel() == 0:
             raise ValueError(f"{name}: shape {tuple(t.shape)}, expected no empty dimension")
-        if t.dtype != q.dtype:
+        # Under autocast mixed dtypes are usual (a norm in float32 before q), and lowered to one before the kernel.
+        if t.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
             raise ValueError(f"{name}: dtype {t.dtype}, expected q's dtype {q.dtype}")
         if t.device != q.device:
             raise ValueError(f"{name}: on device {t.device}, expected q's device {q.device}")
@@ -266,7 +264,7 @@ def _check_mask(name, t, q, shapes, kinds, what):
         raise TypeError(f"{name}: {type(t).__name__}, expected a torch.Tensor")
     if t.dtype not in kinds:
         raise ValueError(f"{name}: dtype {t.dtype}, expected {what}")
-    if tuple(t.shape) not in shapes:
+    if not any(t.dim() == len(s) and all(a == b for a, b in zip(t.shape, s)) for s in shapes):
         raise ValueError(f"{name}: shape {tuple(t.shape)}, expected one of {', '.join(str(s) for s in shapes)}")
     if t.device != q.device:
         raise ValueError(f"{name}: on device {t.device}, expected q's device {q.device}")
@@ -309,32 +307,40 @@ def _attend(q, k, v, pattern: str, shape, layout, valid, kv_len, n_text, text_po
         text_len = text_len.clamp(0, n_text).to(torch.int32).contiguous()
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)) or not -math.inf < scale < math.inf:
         raise ValueError(f"scale: {scale!r}, expected a finite number")
+    if not isinstance(deterministic, (bool, type(None))):
+        raise ValueError(f"deterministic: {deterministic!r}, expected True, False or None")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if token_major:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out, lse = OP(q, k, v, valid, kv_len, text_len, frame_len, n_text, text_position == "front", float(scale),
-                  token_major, bool(deterministic), pattern, impl)
+    out, lse = OP(q, k, v, valid, kv_len, text_len, frame_len, n_text, text_position == "front", scale * 1.0,
+                  token_major, deterministic, pattern, impl)
     if token_major:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
 
 
 _KEYS: dict[tuple, str] = {}
+_PLAIN_WINDOWS = (int, type(None))
 
 
 def _cached_grid_key(grid, causal_time, window_time, window_view, cyclic_view, include) -> str:
+    plain = (
+        # 1, 1.0 and True are one key of a dict, but not one argument.
+        type(grid) is tuple and len(grid) == 2 and type(grid[0]) is type(grid[1]) is int and type(include) is tuple
+        and type(causal_time) is type(cyclic_view) is bool
+        and type(window_time) in _PLAIN_WINDOWS and type(window_view) in _PLAIN_WINDOWS
+    )
+    if not plain:
+        return grid_key(grid, causal_time, window_time, window_view, cyclic_view, None, include)
     rules = (grid, causal_time, window_time, window_view, cyclic_view, include)
-    try:
-        return _KEYS[rules]
-    except (KeyError, TypeError):  # new, or written with lists
-        key = grid_key(grid, causal_time, window_time, window_view, cyclic_view, None, include)
-    if all(isinstance(rule, (tuple, bool, int, type(None))) for rule in rules):
+    key = _KEYS.get(rules)
+    if key is None:
         if len(_KEYS) > 4096:
             _KEYS.clear()
-        _KEYS[rules] = key
+        key = _KEYS[rules] = grid_key(grid, causal_time, window_time, window_view, cyclic_view, None, include)
     return key
 
 
@@ -380,12 +386,14 @@ def grid_attention(
     Returns:
         out, shaped, laid out and typed like q; with ``return_lse`` the pair (out, lse), where lse is the natural-log
         log-sum-exp [B, Hq, L], float32 (float64 for float64 inputs). A query without any visible key gives out = 0 and
-        lse = -inf, and sends no gradient.
+        lse = -inf, and sends no gradient. Hidden keys and values may hold anything; a visible NaN or infinity may turn all
+        that sees it into NaN.
 
     Raises:
         TypeError: q, k, v or a mask is no tensor.
         ValueError: a wrong rank, shape, dtype, device, head_dim or option, a grid that does not fill L, a pattern that
-            hides everything, an unknown ``impl``; the message names the argument, its value and what was expected.
+            hides everything (not looked at while compiling), an unknown ``impl``; the message names the argument, its value
+            and what was expected.
         BackendUnavailable: the backend named cannot serve these arguments.
         RuntimeError: on double backward.
     """

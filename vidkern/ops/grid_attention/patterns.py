@@ -11,6 +11,7 @@ built once per pattern and device.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -95,7 +96,7 @@ class FramePattern:
         mask = np.zeros((n, n), dtype=bool)
         for f, keys in enumerate(lists):
             for g in keys:
-                if not 0 <= g < n:
+                if _index(g) is None or not 0 <= g < n:
                     raise ValueError(f"lists: query frame {f} names key frame {g}, expected 0..{n - 1}")
                 if mask[f, g]:
                     raise ValueError(f"lists: query frame {f} names key frame {g} twice, expected each once")
@@ -235,14 +236,24 @@ class FramePattern:
         )
 
 
+def _index(value) -> int | None:
+    """``value`` as an int if it is an integer of any kind (not bool), else None."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def _window(name: str, value) -> tuple[int, int] | None:
     if value is None:
         return None
-    pair = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-    ok = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not ok or any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in pair):
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    pair = tuple(_index(x) for x in pair)
+    if len(pair) != 2 or any(x is None or x < 0 for x in pair):
         raise ValueError(f"{name}: {value!r}, expected None, a distance w >= 0, or (back, ahead) with both >= 0")
-    return (pair[0], pair[1])
+    return pair
 
 
 def _anchor_items(anchors, views: int, times: int) -> tuple[tuple, tuple, tuple]:
@@ -250,9 +261,18 @@ def _anchor_items(anchors, views: int, times: int) -> tuple[tuple, tuple, tuple]
         return ((), (), ())
     if not isinstance(anchors, Mapping) or any(kind not in _ANCHOR_KINDS for kind in anchors):
         raise ValueError(f'anchors: {anchors!r}, expected a mapping with keys among "views", "times", "frames"')
-    views_at = tuple(sorted(set(anchors.get("views", ()))))
-    times_at = tuple(sorted(set(anchors.get("times", ()))))
-    frames_at = tuple(sorted({(int(v), int(t)) for v, t in anchors.get("frames", ())}))
+    found = {}
+    for kind in _ANCHOR_KINDS:
+        items = anchors.get(kind, ())
+        cells = [c if kind == "frames" else (c,) for c in items] if isinstance(items, (list, tuple)) else None
+        if cells is None or any(not isinstance(c, (list, tuple)) or None in map(_index, c) for c in cells) or any(
+            len(c) != (2 if kind == "frames" else 1) for c in cells
+        ):
+            wanted = "(view, time) pairs" if kind == "frames" else "integers"
+            raise ValueError(f'anchors: {items!r} in "{kind}", expected a list of {wanted}')
+        found[kind] = tuple(sorted({tuple(map(_index, c)) for c in cells}))
+    views_at, times_at = (tuple(c[0] for c in found[kind]) for kind in ("views", "times"))
+    frames_at = found["frames"]
     for kind, items, limit in (("views", views_at, views), ("times", times_at, times)):
         for item in items:
             if not 0 <= item < limit:
@@ -267,9 +287,13 @@ def grid_key(
     grid, causal_time=False, window_time=None, window_view=None, cyclic_view=False, anchors=None, include=PARTS
 ) -> str:
     """Check the rules of a grid and return the key of its pattern; see :class:`GridPattern` for the arguments."""
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(not isinstance(x, int) or x < 1 for x in grid):
+    size = tuple(_index(x) for x in grid) if isinstance(grid, (tuple, list)) else ()
+    if len(size) != 2 or any(x is None or x < 1 for x in size):
         raise ValueError(f"grid: {grid!r}, expected (views, times), both >= 1")
-    views, times = grid
+    views, times = size
+    for name, flag in (("causal_time", causal_time), ("cyclic_view", cyclic_view)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}: {flag!r}, expected True or False")
     if not isinstance(include, (tuple, list)) or len(include) == 0 or any(p not in PARTS for p in include):
         raise ValueError(f'include: {include!r}, expected a non-empty subset of ("self", "view", "time")')
     time_window, view_window = _window("window_time", window_time), _window("window_view", window_view)

@@ -96,6 +96,25 @@ def _backward_flops(dout, dlse, outs, *rest):
     return cost.backward_flops(len(outs), *outs[0].shape)
 
 
+def _placements(tensors, returns):
+    """Replicate, or shard any axis of [B, H, L]: rows are independent. ``returns`` holds each result's leading axes."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    present = [t for t in tensors if t is not None]
+    rules = [([Replicate()] * len(returns), [None if t is None else Replicate() for t in tensors])]
+    for axis in registry.evenly_sharded(present, (0, 1, 2)):
+        rules.append(([Shard(axis + lead) for lead in returns], [None if t is None else Shard(axis) for t in tensors]))
+    return rules
+
+
+def _shard(outs, lses, signs, token_major, impl):
+    return _placements([*outs, *lses], (0, 0))
+
+
+def _backward_shard(dout, dlse, outs, lses, signs, token_major, impl):
+    return _placements([dout, dlse, *outs, *lses], (1, 1))
+
+
 OP = registry.Op(
     "merge_attention",
     "(Tensor[] outs, Tensor[] lses, int[] signs, bool token_major, str impl) -> (Tensor out, Tensor lse)",
@@ -115,8 +134,10 @@ OP = registry.Op(
         call=lambda saved, args, grads: (*grads, *_split(saved, args), *args[2:-1]),
         scatter=lambda outputs, args: (*outputs[0].unbind(0), *outputs[1].unbind(0)),
         flops=_backward_flops,
+        shard=_backward_shard,
     ),
     flops=_flops,
+    shard=_shard,
     out=True,
 )
 
