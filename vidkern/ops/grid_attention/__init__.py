@@ -11,14 +11,14 @@ import math
 
 import torch
 
-from ... import compiled, registry
+from ... import registry
+from ..launch import cpu_why_not, fill, unit_stride
 from . import cost, reference
 from .patterns import PARTS, FramePattern, GridPattern, grid_key
 
 __all__ = ["FramePattern", "GridPattern", "frame_sparse_attention", "grid_attention"]
 
 MAX_DIM = 256
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 # ---- launch ---------------------------------------------------------------------------------------------------------
@@ -40,11 +40,6 @@ def _allocate_backward(dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, f
     return _empty_like(q, token_major), _empty_like(k, token_major), _empty_like(v, token_major)
 
 
-def _unit_stride(t):
-    """Kernels read rows of D values: any other tensor costs this one copy."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
 def _geometry(q, frame_len, n_text, text_front, scale, pattern):
     """Pattern, keyword arguments of the launchers, and the token span that they work on."""
     pattern = FramePattern.from_key(pattern)
@@ -62,7 +57,7 @@ def _run_with(launch):
             deterministic, pattern, impl):
         out, lse = outputs
         shared, spans = _geometry(q, frame_len, n_text, text_front, scale, pattern)
-        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
         if spans is None:
             launch(q, k, v, valid, kv_len, text_len, out=out, lse=lse, **shared)
             return
@@ -78,7 +73,7 @@ def _run_backward_with(launch):
     def run(outputs, dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, frame_len, n_text, text_front, scale,
             token_major, deterministic, pattern, impl):
         shared, spans = _geometry(q, frame_len, n_text, text_front, scale, pattern)
-        rows = [_unit_stride(t) for t in (dout, q, k, v, out)]
+        rows = [unit_stride(t) for t in (dout, q, k, v, out)]
         dout, q, k, v, out = rows
         if spans is None:
             grads = dict(zip(("dq", "dk", "dv"), outputs))
@@ -111,22 +106,15 @@ def _cpu_backward(*args, **kwargs):
 
 
 def _cpu_why_not(q, *rest) -> str | None:
-    if q.device.type != "cpu":
-        return f"tensors are on {q.device.type}, it serves cpu"
-    if q.dtype not in _CPU_DTYPES:
-        return f"dtype is {q.dtype}, it serves torch.float32 and torch.bfloat16"
-    missing = compiled.cpu_missing()
-    return f"the compiled CPU part {missing}" if missing else None
+    return cpu_why_not(q)
 
 
 def _reference_forward(*args, out, lse, **kwargs):
-    for target, value in zip((out, lse), reference.forward(*args, **kwargs)):
-        target.copy_(value)
+    fill((out, lse), reference.forward(*args, **kwargs))
 
 
 def _reference_backward(*args, dq, dk, dv, **kwargs):
-    for target, value in zip((dq, dk, dv), reference.backward(*args, **kwargs)):
-        target.copy_(value)
+    fill((dq, dk, dv), reference.backward(*args, **kwargs))
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------

@@ -66,18 +66,22 @@ def _math_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward(q, k, v, valid, kv_len, text_len, *, pattern, frame_len, n_text, text_front, scale):
-    """Output in q's dtype [B, Hq, L, D] and natural-log lse [B, Hq, L] (float32; float64 for float64 inputs)."""
-    group = q.shape[1] // k.shape[1]
+def _visible(q, k, v, valid, kv_len, text_len, pattern, frame_len, n_text, text_front):
+    """Working dtype, live keys and rows, and q, k, v in that dtype with every query head's own key head."""
     keys, rows = liveness(
         valid, kv_len, text_len, n_frames=pattern.n_frames, frame_len=frame_len, n_text=n_text, text_front=text_front,
         device=q.device,
     )
-    math = _math_dtype(q.dtype)
+    math, group = _math_dtype(q.dtype), q.shape[1] // k.shape[1]
     # Hidden memory may hold anything: replace it before it meets a product, since 0 * NaN is NaN.
     qm = q.to(math).masked_fill(~rows[:, None, :, None], 0)
-    km = k.to(math).masked_fill(~keys[:, None, :, None], 0).repeat_interleave(group, 1)
-    vm = v.to(math).masked_fill(~keys[:, None, :, None], 0).repeat_interleave(group, 1)
+    km, vm = (t.to(math).masked_fill(~keys[:, None, :, None], 0).repeat_interleave(group, 1) for t in (k, v))
+    return math, keys, rows, qm, km, vm
+
+
+def forward(q, k, v, valid, kv_len, text_len, *, pattern, frame_len, n_text, text_front, scale):
+    """Output in q's dtype [B, Hq, L, D] and natural-log lse [B, Hq, L] (float32; float64 for float64 inputs)."""
+    math, keys, rows, qm, km, vm = _visible(q, k, v, valid, kv_len, text_len, pattern, frame_len, n_text, text_front)
     order, outs, lses = [], [], []
     for i, j in _groups(pattern, frame_len, n_text, text_front, q.device):
         logits = scale * qm[:, :, i] @ km[:, :, j].transpose(-1, -2)
@@ -96,17 +100,8 @@ def backward(dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, *, pattern,
 
     Delta = rowsum(dO * O) - dLSE;  dS = P * (dP - Delta). ``dout`` or ``dlse`` may be None.
     """
-    batch, heads, length, dim = q.shape
-    kv_heads = k.shape[1]
-    group = heads // kv_heads
-    keys, rows = liveness(
-        valid, kv_len, text_len, n_frames=pattern.n_frames, frame_len=frame_len, n_text=n_text, text_front=text_front,
-        device=q.device,
-    )
-    math = _math_dtype(q.dtype)
-    qm = q.to(math).masked_fill(~rows[:, None, :, None], 0)
-    km = k.to(math).masked_fill(~keys[:, None, :, None], 0).repeat_interleave(group, 1)
-    vm = v.to(math).masked_fill(~keys[:, None, :, None], 0).repeat_interleave(group, 1)
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    math, keys, rows, qm, km, vm = _visible(q, k, v, valid, kv_len, text_len, pattern, frame_len, n_text, text_front)
     alive = ~torch.isneginf(lse)
     go = torch.zeros_like(qm) if dout is None else dout.to(math).masked_fill(~alive[..., None], 0)
     delta = (go * out.to(math)).sum(-1)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from ... import compiled, registry
+from ... import registry
+from ..launch import cpu_why_not, fill, unit_stride
 from . import cost, reference
 
 __all__ = ["merge_attention"]
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CPU_PARTS = 64
 
 
@@ -33,14 +33,10 @@ def _allocate_backward(dout, dlse, outs, lses, signs, token_major, impl):
     return (douts.transpose(2, 3) if token_major else douts), lses[0].new_empty((n, batch, heads, length))
 
 
-def _unit_stride(t):
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
 def _run_with(launch):
     def run(outputs, outs, lses, signs, token_major, impl):
         out, lse = outputs
-        launch([_unit_stride(o) for o in outs], list(lses), signs=tuple(signs), out=out, lse=lse)
+        launch([unit_stride(o) for o in outs], list(lses), signs=tuple(signs), out=out, lse=lse)
 
     return run
 
@@ -48,7 +44,7 @@ def _run_with(launch):
 def _run_backward_with(launch):
     def run(outputs, dout, dlse, outs, lses, signs, token_major, impl):
         douts, dlses = (list(g.unbind(0)) for g in outputs)
-        launch(_unit_stride(dout), dlse, [_unit_stride(o) for o in outs], list(lses), signs=tuple(signs), douts=douts,
+        launch(unit_stride(dout), dlse, [unit_stride(o) for o in outs], list(lses), signs=tuple(signs), douts=douts,
                dlses=dlses)
 
     return run
@@ -67,25 +63,18 @@ def _cpu_backward(*args, **kwargs):
 
 
 def _cpu_why_not(outs, *rest) -> str | None:
-    if outs[0].device.type != "cpu":
-        return f"tensors are on {outs[0].device.type}, it serves cpu"
-    if outs[0].dtype not in _CPU_DTYPES:
-        return f"dtype is {outs[0].dtype}, it serves torch.float32 and torch.bfloat16"
     if len(outs) > _CPU_PARTS or outs[0].shape[3] % 8:
         return f"{len(outs)} parts of head_dim {outs[0].shape[3]}, it serves up to {_CPU_PARTS} and a multiple of 8"
-    missing = compiled.cpu_missing()
-    return f"the compiled CPU part {missing}" if missing else None
+    return cpu_why_not(outs[0])
 
 
 def _reference_forward(*args, out, lse, **kwargs):
-    for target, value in zip((out, lse), reference.forward(*args, **kwargs)):
-        target.copy_(value)
+    fill((out, lse), reference.forward(*args, **kwargs))
 
 
 def _reference_backward(*args, douts, dlses, **kwargs):
-    for targets, values in zip((douts, dlses), reference.backward(*args, **kwargs)):
-        for target, value in zip(targets, values):
-            target.copy_(value)
+    grads = reference.backward(*args, **kwargs)
+    fill((*douts, *dlses), (*grads[0], *grads[1]))
 
 
 def _flops(outs, lses, signs, token_major, impl):
