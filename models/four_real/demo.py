@@ -53,6 +53,7 @@ class DemoSettings:
 
 
 def add_arguments(parser):
+    """Options of `vidkern demo`."""
     parser.add_argument("--video", help="a video file of your own; default: the bundled clip")
     parser.add_argument("--out", default="vidkern-demo", help="folder for the results (default: %(default)s)")
     length = parser.add_mutually_exclusive_group()
@@ -66,6 +67,7 @@ def add_arguments(parser):
 
 
 def run(args):
+    """Run the demo; returns the exit status. Raises UserError for what the user can mend."""
     out = prepare_folder(args.out)
     device = check_device(args.device)
     saved = load_checkpoint(out / "checkpoint.pt") if args.resume else None
@@ -109,6 +111,7 @@ def prepare_folder(path):
 
 
 def check_device(name):
+    """The torch device `name`, proven to hold a tensor; UserError otherwise."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -119,6 +122,7 @@ def check_device(name):
 
 
 def load_checkpoint(path):
+    """Contents of a checkpoint; UserError if it is missing or unreadable."""
     if not path.is_file():
         raise UserError(f"--resume: {path} does not exist, expected the checkpoint of an interrupted run")
     try:
@@ -128,6 +132,7 @@ def load_checkpoint(path):
 
 
 def resume(trainer, saved):
+    """Continue from a checkpoint; UserError if it belongs to other settings."""
     try:
         trainer.resume(saved)
     except (ValueError, KeyError) as error:
@@ -165,6 +170,7 @@ class GridLoss:
 
 
 def train_config(settings):
+    """The training loop's settings for this run."""
     return TrainConfig(steps=settings.steps, lr=settings.lr, warmup=min(20, settings.steps), seed=settings.seed, ema=0.99,
                        save_every=100, autocast="bf16" if settings.autocast else None)
 

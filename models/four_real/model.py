@@ -101,6 +101,7 @@ class FourRealVideo(nn.Module):
 
 
 def parameter_count(module):
+    """Number of parameters, trainable or not."""
     return sum(p.numel() for p in module.parameters())
 
 

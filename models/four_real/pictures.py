@@ -14,6 +14,7 @@ def to_image(frame, scale):
 
 
 def framed(canvas, image, corner, colour, width=3):
+    """Paste `image` onto `canvas` at `corner` (x, y) with a coloured frame around it."""
     x, y = corner
     canvas.paste(colour, (x - width, y - width, x + image.width + width, y + image.height + width))
     canvas.paste(image, corner)
@@ -41,6 +42,7 @@ def panel(grid, mask, *, title, note, scale=2, gap=8, margin=34, colours=(GIVEN,
 
 
 def stack(images):
+    """Images below one another, left-aligned, as one image."""
     canvas = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), PAPER)
     y = 0
     for image in images:

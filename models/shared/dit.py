@@ -73,6 +73,7 @@ def sinusoid(value, dim):
 
 
 def modulate(x, shift, scale):
+    """AdaLN modulation: x [B, L, C] scaled by 1 + scale and shifted; shift, scale [B, 1, C]."""
     return x * (1 + scale) + shift
 
 
