@@ -201,7 +201,8 @@ def measure(block: Block, bar) -> dict:
         "memory": block.memory,
         "rounds": rounds,
         "quick": block.quick,
-        "block": asdict(block),
+        # Where packages of peers lie on this machine says nothing about the measurement.
+        "block": {name: value for name, value in asdict(block).items() if name != "paths"},
         "machine": machine.facts(block.device),
         "others_share": disturbance.share,
         "limits": {**ceilings, "ceiling": peak_name, "ceiling_flops": peak},
