@@ -8,6 +8,7 @@ EXTRA_OF = {
     **dict.fromkeys(("av", "matplotlib", "PIL", "tqdm"), "demo"),
     **dict.fromkeys(("pytest", "pytest_benchmark"), "bench"),
     **dict.fromkeys(("accelerate", "diffusers", "peft", "safetensors", "transformers"), "diffusers"),
+    **dict.fromkeys(("pybullet", "pybullet_data"), "scenes"),
     "cuda": "cuda",
     "triton": "triton",
 }

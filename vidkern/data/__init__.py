@@ -1,4 +1,4 @@
-"""Reading and writing video, the bundled clips, and pseudo-views made from ordinary clips.
+"""Reading and writing video, the bundled clips, pseudo-views made from ordinary clips, and rendered scenes with several cameras.
 
 Names are imported on first use; PyAV is needed by the video functions alone (``pip install "vidkern[demo]"``).
 """
@@ -6,6 +6,9 @@ Names are imported on first use; PyAV is needed by the video functions alone (``
 import importlib
 
 _HOME = {
+    "Rig": "scenes",
+    "SceneClip": "scenes",
+    "SceneDataset": "scenes",
     "Video": "video",
     "read_video": "video",
     "write_video": "video",
@@ -13,6 +16,8 @@ _HOME = {
     "bundled_clips": "clips",
     "homography_path": "views",
     "pseudo_views": "views",
+    "render": "scenes",
+    "scene_names": "scenes",
     "warp": "views",
 }
 __all__ = sorted(_HOME)
