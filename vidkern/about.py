@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import compiled, registry
+from . import compiled, registry, verified
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,23 @@ class Info:
         return "\n".join(lines)
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _state(op: str, backend: registry.Backend) -> str:
+    """A backend in one line, with what is known of its being right."""
+    if backend.name == "cpu" and compiled.cpu_missing():
+        return f"missing: {compiled.cpu_missing()}"
+    if backend.trust == "none":
+        return backend.description
+    found = [f"{verified.DeviceClass(r.device, r.capability)} {', '.join(r.dtypes)}" for r in verified.counting(op, backend)]
+    state = f"verified on {'; '.join(found)}" if found else "verified on no device yet (vidkern verify)"
+    return f"{backend.description}; {state}" + (", elsewhere only by name" if backend.trust == "require" else "")
 
 
 def info() -> Info:
@@ -42,8 +54,8 @@ def info() -> Info:
     Returns:
         an :class:`Info`. Nothing is computed and no GPU is touched.
     """
-    versions = {"vidkern": _version("vidkern"), "python": platform.python_version(), "platform": platform.platform()}
-    versions |= {name: _version(name) for name in ("torch", "triton", "cuda-python", "diffusers", "av")}
+    versions = {"vidkern": version("vidkern"), "python": platform.python_version(), "platform": platform.platform()}
+    versions |= {name: version(name) for name in ("torch", "triton", "cuda-python", "diffusers", "av")}
     module = compiled.cpu()
     if module is None:
         cpu = {"state": f"missing: {compiled.cpu_missing()}"}
@@ -56,14 +68,7 @@ def info() -> Info:
             "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
             "build": str(module.build_info()),
         }
-    missing = compiled.cpu_missing()
-    states = {
-        "cpu": f"missing: {missing}" if missing else "C++ kernels for float32 and bfloat16 on the CPU",
-        "reference": "plain torch for any device and dtype; slow",
-    }
-    table = {
-        name: {b.name: states.get(b.name, "registered") for b in op.backends} for name, op in registry.ops().items()
-    }
+    table = {name: {b.name: _state(name, b) for b in op.backends} for name, op in registry.ops().items()}
     return Info(versions, cpu, table)
 
 

@@ -11,11 +11,12 @@ from vidkern.errors import UserError, missing_extra
 
 # Each module has run(args) -> int | None and, where it takes options, add_arguments(parser).
 DEMOS = {"four-real": "vidkern.models.four_real.demo"}
-BENCH = "vidkern.bench.cli"
+COMMANDS = {"bench": "vidkern.bench.cli", "verify": "vidkern.verify.command"}
 HELP = {
     "info": "what is installed, what was built, which backend each op chooses and why",
-    "demo": "train and sample a small model on the bundled clip and show the result",
+    "demo": "train and sample a small model on the bundled clip or on procedural scenes and show the result",
     "bench": "measure the ops against their peers on this machine",
+    "verify": "check that every backend is right on this device, and record it",
 }
 INTERRUPTED = 130  # the shell's own status for a command ended by Ctrl-C
 
@@ -62,9 +63,9 @@ def _run(argv: list[str]) -> int:
     if named == "demo":
         module = importlib.import_module(next((DEMOS[word] for word in argv[1:2] if word in DEMOS), DEMOS["four-real"]))
         module.add_arguments(subparsers["demo"])
-    elif named == "bench":
-        module = importlib.import_module(BENCH)
-        module.add_arguments(subparsers["bench"])
+    elif named in COMMANDS:
+        module = importlib.import_module(COMMANDS[named])
+        module.add_arguments(subparsers[named])
     args = parser.parse_args(argv)
     if args.command == "info":
         print(vidkern.info())

@@ -12,15 +12,19 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 _LIB = torch.library.Library("vidkern", "DEF")
 _OPS: dict[str, Op] = {}
 _forced: str = "auto"
+_warned: set[tuple] = set()  # (op, backend, kind of device) of which a user has been told
+_settled: dict[tuple, bool] = {}  # (op, backend, device, dtype) -> may be chosen; emptied by verified.forget()
 _local = threading.local()  # .explaining: the calls that explain() of this thread has caught
 # Fixed strides: a compiler may not hand a kernel other strides than the traced ones.
 _TAGS = (
@@ -40,8 +44,20 @@ class BackendUnavailable(RuntimeError):
     """A backend was named (``impl=`` or :func:`use`) that cannot serve these arguments; the message says why."""
 
 
+class UnverifiedBackendWarning(UserWarning):
+    """A backend was chosen that no record says is right on this kind of device; ``vidkern verify`` makes one."""
+
+
 def _as_returns(outputs: tuple):
     return outputs if len(outputs) > 1 else outputs[0]
+
+
+# What the backends that most ops have are; the others describe themselves.
+_COMMON = {
+    "cpu": "C++ kernels for float32 and bfloat16 on the CPU",
+    "reference": "plain torch for any device and dtype; slow",
+}
+TRUST = ("none", "warn", "require")
 
 
 @dataclass(frozen=True)
@@ -54,12 +70,32 @@ class Backend:
             look at metadata only (device, dtype, shape, strides): it also runs on fake tensors.
         run: ``run(outputs, *op_args)`` fills the preallocated outputs.
         run_backward: the same for the backward op, or None when the op has no backward.
+        description: what it is, in one line; "cpu" and "reference" need none.
+        trust: what automatic choice asks for on a device other than the CPU (see ``verified.py``): "none" no record;
+            "warn" says once per op and kind of device that there is none; "require" passes it over without one. A backend
+            that is named runs in any case.
+        sources: its files, as "ops/<op>/triton.py" below the package or "csrc/...", whose content a record is bound to;
+            what they include or import from beside them is found.
+
+    Raises:
+        ValueError: ``trust`` is none of the three, or asks for records without ``sources``.
     """
 
     name: str
     why_not: Callable[..., str | None]
     run: Callable[..., None]
     run_backward: Callable[..., None] | None = None
+    description: str = ""
+    trust: str = "none"
+    sources: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.trust not in TRUST:
+            raise ValueError(f"trust: {self.trust!r}, expected one of {', '.join(map(repr, TRUST))}")
+        if self.trust != "none" and not self.sources:
+            raise ValueError(f"sources: none given, expected the files that a record of {self.name!r} is bound to")
+        if not self.description:
+            object.__setattr__(self, "description", _COMMON.get(self.name, ""))
 
 
 @dataclass(frozen=True)
@@ -206,9 +242,10 @@ class Op:
         impl = args[-1]
         if impl == "auto":
             for backend in self.backends:
-                if backend.why_not(*args) is None:
+                # The comparison is all that a call pays for backends that need no record.
+                if backend.why_not(*args) is None and (backend.trust == "none" or self._trusted(backend, args)):
                     return backend.name
-            reasons = "; ".join(f"{b.name}: {b.why_not(*args)}" for b in self.backends)
+            reasons = "; ".join(f"{b.name}: {b.why_not(*args) or self.unverified(b, args)}" for b in self.backends)
             raise BackendUnavailable(f"{self.name}: no backend can serve these arguments ({reasons})")
         backend = self._by_name.get(impl)
         if backend is None:
@@ -218,6 +255,30 @@ class Op:
         if reason is not None:
             raise BackendUnavailable(f'impl: "{impl}" cannot serve this call of {self.name}: {reason}')
         return impl
+
+    def unverified(self, backend: Backend, args: Sequence) -> str | None:
+        """What is missing to trust ``backend`` with ``args`` on their device, one phrase; None when nothing is."""
+        tensor = _first_tensor(args)
+        if backend.trust == "none" or tensor.device.type == "cpu":
+            return None
+        from . import verified
+
+        return verified.lacking(self.name, backend, tensor.device, tensor.dtype)
+
+    def _trusted(self, backend: Backend, args: Sequence) -> bool:
+        """Whether automatic choice may take ``backend``; warns where that is without a record."""
+        tensor = _first_tensor(args)
+        key = (self.name, backend.name, tensor.device, tensor.dtype)
+        if key in _settled:
+            return _settled[key]
+        lack = self.unverified(backend, args)
+        if lack is not None and backend.trust == "warn":
+            # Tracing has no side effects: the warning comes when real tensors arrive.
+            if torch.compiler.is_compiling() or is_fake(tensor):
+                return True
+            _warn_once(self.name, backend.name, tensor.device, lack)
+        _settled[key] = lack is None or backend.trust == "warn"
+        return _settled[key]
 
     def __call__(self, *args):
         """Call the op with positional arguments, ``impl`` (None = what :func:`use` says) last."""
@@ -422,6 +483,20 @@ class Op:
         _LIB.impl(name, autograd, "Autograd", with_keyset=True)
 
 
+def _first_tensor(args: Sequence) -> torch.Tensor:
+    first = args[0]
+    return first if isinstance(first, torch.Tensor) else next(a for a in _flatten(args)[0] if isinstance(a, torch.Tensor))
+
+
+def _warn_once(op: str, backend: str, device: torch.device, lack: str) -> None:
+    from . import verified
+
+    key = (op, backend, verified.device_class(device))
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(f'{op}: backend "{backend}" is {lack}', UnverifiedBackendWarning, stacklevel=2)
+
+
 def evenly_sharded(specs: Sequence, axes: Sequence[int]) -> list[int]:
     """Those of ``axes`` that every mesh dimension divides in every ``DTensorSpec``: the others would leave ragged shards."""
     sizes = specs[0].mesh.shape
@@ -518,8 +593,11 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     wanted, chosen, reasons = op_args[-1], None, {}
     for backend in op.backends:
         reason = backend.why_not(*op_args)
-        if reason is None and chosen is None and wanted in ("auto", backend.name):
-            chosen, reason = backend.name, "serves this call"
+        lack = op.unverified(backend, op_args) if reason is None else None
+        if lack and backend.trust == "require" and wanted == "auto":
+            reason = f"could serve it, but is chosen only by name: it is {lack}"
+        elif reason is None and chosen is None and wanted in ("auto", backend.name):
+            chosen, reason = backend.name, f"serves this call, {lack}" if lack else "serves this call"
         elif reason is None:
             reason = f'could serve it, but "{wanted}" was named' if wanted != "auto" else "could serve it, but comes later"
         reasons[backend.name] = reason

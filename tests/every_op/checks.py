@@ -1,20 +1,19 @@
 """The checks themselves, as functions of (op, sample, dtype, backend): tests call them, and the fault-injection tests show that
-each wrong implementation fails at least one."""
+each wrong implementation fails at least one. The accuracy rule and the counting probe are the product's own (vidkern/verify)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 
 import torch
 
 import vidkern
 from vidkern.ops.grid_attention.cost import Sample
+from vidkern.verify import accuracy as rule
+from vidkern.verify.probes import counting
 
-from .rooms import room
-
-RATIO_MAX, RATIO_RMS = 2.0, 1.3
+__all__ = ["WORST", "accuracy", "counting", "hidden_memory", "inclusion_exclusion", "threads_of"]
 WORST: dict[tuple, dict[str, float]] = {}
 
 
@@ -29,119 +28,19 @@ def threads_of(backend: str):
         torch.set_num_threads(before)
 
 
-def _finite(t):
-    """-inf marks empty rows, which must agree exactly and carry no error."""
-    return torch.where(torch.isinf(t), torch.zeros_like(t), t)
-
-
-def _measure(call, tensors, weights):
-    """Outputs, then the gradients of a loss on the first output, and of a loss on all of them; all detached.
-
-    The lse's gradient is measured together with the output's, as it occurs: every flash backward recomputes P from a rounded
-    lse, which plain torch, keeping P, does not, while it has no form of the lse that does without the L x L object.
-    """
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    outputs = call(leaves)
-    losses = [(_finite(o).double() * w).sum() for o, w in zip(outputs, weights)]
-    results = [o.detach() for o in outputs]
-    for i, loss in enumerate((losses[0], sum(losses))):
-        results += torch.autograd.grad(loss, leaves, retain_graph=i == 0, allow_unused=True, materialize_grads=True)
-    return results
-
-
-@functools.lru_cache(maxsize=1024)
-def _expectation(op, sample, dtype, seed):
-    """Inputs, loss weights, the float64 reference's results and the yardstick's: shared by every backend and tier."""
-    r = room(op)
-    tensors = [t.detach() for t in r.inputs(sample, dtype, seed)]
-    exact_in = [t.double() for t in tensors]
-    generator = torch.Generator().manual_seed(seed + 100)
-    with torch.no_grad():
-        shapes = [o.shape for o in r.call(sample, tensors, impl="reference")]
-    weights = [torch.randn(s, generator=generator).to(dtype).double() for s in shapes]
-    exact = _measure(lambda x: r.call(sample, x, impl="reference"), exact_in, weights)
-    yard = _measure(lambda x: r.yardstick(sample, x), tensors, weights)
-    return tensors, weights, exact, yard
-
-
-def accuracy(op: str, sample, dtype, backend: str) -> None:
-    """Error against the reference in float64, at most twice (max) and 1.3 times (RMS) that of best-practice torch in the same
-    dtype; pooled over seeds, so that small samples hold enough elements to compare. A floor of 2 ulp where the yardstick is 0.
-    """
-    r = room(op)
-    pool: dict[str, list] = {}
-    # At least two draws, and enough of them that the worst of a few dozen numbers is not a matter of luck.
-    with torch.no_grad():
-        outputs = r.call(sample, r.inputs(sample, dtype, 0), impl=backend)
-    smallest = min(t.numel() for t in (*outputs, *r.inputs(sample, dtype, 0)))
-    for seed in range(max(2, min(16, 1500 // smallest))):
-        tensors, weights, exact, yard = _expectation(op, sample, dtype, seed)
-        with threads_of(backend):
-            ours = _measure(lambda x: r.call(sample, x, impl=backend), tensors, weights)
-        labels = [*r.outputs] + [f"d{o}/d{i}" for o in (r.outputs[0], "all") for i in range(len(tensors))]
-        assert len(labels) == len(ours)
-        for label, e, o, y in zip(labels, exact, ours, yard):
-            assert torch.equal(torch.isneginf(e), torch.isneginf(o)), f"{label}: empty rows differ"
-            assert torch.isfinite(_finite(o)).all(), f"{label}: not finite"
-            pool.setdefault(label, []).append((_finite(e).flatten(), _finite(o).double().flatten(), _finite(y).double().flatten(), o.dtype))
-    for label, parts in pool.items():
-        exact, ours, yard = (torch.cat([p[i] for p in parts]) for i in range(3))
-        ours_error, yard_error = (ours - exact).abs(), (yard - exact).nan_to_num().abs()
-        floor = 2 * torch.finfo(parts[0][3]).eps * exact.abs().max().item() if yard_error.max() == 0 else 0.0
-        ratios = {}
-        for kind, limit, norm in (("max", RATIO_MAX, torch.max), ("rms", RATIO_RMS, lambda x: x.square().mean().sqrt())):
-            error, allowed = norm(ours_error).item(), max(limit * norm(yard_error).item(), floor)
-            ratios[kind] = error / (allowed / limit) if allowed else (math.inf if error else 0.0)
-            assert error <= allowed, (
-                f"{op} {sample.name} {dtype} {backend} {label}: {kind} error {error:.3e} is {ratios[kind]:.2f} times the "
-                f"yardstick's, expected at most {limit}"
-            )
-        key = (op, backend, str(dtype).removeprefix("torch."))
-        before = WORST.setdefault(key, {"max": 0.0, "rms": 0.0})
-        for kind, value in ratios.items():
-            before[kind] = max(before[kind], value)
+def accuracy(op: str, sample, dtype, backend: str, device: str = "cpu") -> None:
+    """The product's accuracy rule on fixed seeds, the worst ratio remembered for the report at the end of the run."""
+    draws = rule.draws(op, sample, dtype, device)
+    # The interpreter takes seconds per draw.
+    seeds = range(min(draws, 4) if backend == "triton" else draws)
+    around = functools.partial(threads_of, backend)
+    found = rule.check(op, sample, dtype, backend, device=device, seeds=seeds, around=around, keep=True)
+    before = WORST.setdefault((op, backend, str(dtype).removeprefix("torch.")), {"max": 0.0, "rms": 0.0})
+    for kind, value in found.items():
+        before[kind] = max(before[kind], value)
 
 
 # ---- probes of grid attention -----------------------------------------------------------------------------------------------
-def visible_counts(sample: Sample) -> torch.Tensor:
-    """Closed form: visible keys of each query row, float64 [F, F] per frame pair times N (no masks, no text)."""
-    return torch.from_numpy(sample.frames.frame_mask().copy()).double() * sample.frame_len
-
-
-def counting(sample: Sample, dtype, backend: str) -> None:
-    """With q = 0 every visible key weighs the same: the lse counts the keys, one-hot values count them per key frame, and
-    one-hot output gradients give dV in closed form. Exact up to the rounding of one division. Needs F <= D and no masks."""
-    f, n, d = sample.frames.n_frames, sample.frame_len, sample.dim
-    assert f <= d and not (sample.n_text or sample.with_valid or sample.with_kv_len) and sample.layout == "bhld"
-    counts = visible_counts(sample)
-    total = counts.sum(1)
-    frame = torch.arange(f * n) // n
-    onehot = torch.zeros(f * n, d).index_put((torch.arange(f * n), frame), torch.ones(()))
-    q = torch.zeros(sample.batch, sample.heads, f * n, d, dtype=dtype)
-    k = torch.randn(sample.batch, sample.kv_heads, f * n, d).to(dtype)
-    v = onehot.to(dtype).expand(sample.batch, sample.kv_heads, -1, -1).clone().requires_grad_()
-    out, lse = sample.call(q, k, v, return_lse=True, impl=backend)
-    eps = torch.finfo(torch.float32).eps
-    want = total.log()[frame].expand_as(lse)
-    assert torch.equal(torch.isneginf(want), torch.isneginf(lse)), "lse: empty rows differ"
-    error = (_finite(lse.double()) - _finite(want)).abs()
-    assert (error <= 2 * eps * _finite(want).abs().clamp_min(1)).all(), f"lse: off log(count) by {error.max():.3e}"
-    share = torch.where(total[:, None] > 0, counts / total[:, None].clamp_min(1), 0)
-    want = torch.zeros(f, d, dtype=torch.float64)
-    want[:, :f] = share
-    ulp = torch.finfo(dtype).eps
-    error = (out.double() - want[frame]).abs()
-    assert (error <= (ulp / 2 + 3 * eps) * want[frame]).all(), f"out: per-frame counts off by {error.max():.3e}"
-    (dv,) = torch.autograd.grad(out, v, onehot.to(dtype).expand_as(out))
-    group = sample.heads // sample.kv_heads
-    # Rows of key frame g: sum over the n queries of frame f that see it of 1 / total(f), for each query head of the group.
-    want = torch.zeros(f, d, dtype=torch.float64)
-    want[:, :f] = torch.where(total[:, None] > 0, group * counts / total[:, None].clamp_min(1), 0).T
-    error = (dv.double() - want[frame]).abs()
-    # P is rounded to the inputs' dtype before the product, as in every flash backward.
-    assert (error <= (2 * ulp + 20 * eps) * want[frame]).all(), f"dv: per-frame counts off by {error.max():.3e}"
-
-
 def hidden_memory(sample: Sample, dtype, backend: str, poison: float) -> None:
     """What is not visible to anybody may hold anything: outputs and gradients stay the same, bit for bit."""
     tensors = [t.requires_grad_() for t in sample.tensors(dtype)]

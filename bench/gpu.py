@@ -1,0 +1,261 @@
+"""Verify and measure vidkern on a borrowed GPU: ``python -m vidkern.bench.gpu``.
+
+Each stage runs in a process of its own within its own minutes; what it found is on disk at once, and the same command with the
+same ``--out`` goes on where a cut run stopped. ``--dry-run`` walks through every stage on the CPU with tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vidkern.errors import UserError
+
+from . import gpu_machine, gpu_report, machine, records
+from .gpu_job import Job, OutOfTime
+
+STAGES = ("machine", "build", "verify", "sanitize", "time", "sweep", "profile")
+DEFAULT = STAGES[:-1]
+SWEEP_SHAPES = ("C", "A", "F")
+CUT = 3  # exit status of a run whose time was used up before all was measured
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m vidkern.bench.gpu", description=__doc__.split("\n")[0])
+    p.add_argument("--stage", default=",".join(DEFAULT), help=f"of {', '.join(STAGES)}; separated by commas (default: %(default)s)")
+    p.add_argument("--shape", help="shapes of stages time and sweep, separated by commas (default: those of the stage)")
+    p.add_argument("--out", type=Path, help="folder of the results (default: bench/results, or the user's)")
+    p.add_argument("--minutes", type=float, default=9.0, help="of each stage (default: %(default)s)")
+    p.add_argument("--quick", action="store_true", help="three shapes, three rounds, part of the sweep and of the verification")
+    p.add_argument("--fresh", action="store_true", help="measure anew what is there already")
+    p.add_argument("--dry-run", action="store_true", help="no GPU: every stage's code on the CPU with tiny shapes")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all stages are complete. 1: something is wrong (a backend failed, a stage crashed). 2: a mistake of the user's.
+    3: cut by time; run it again."""
+    args = parser().parse_args(argv)
+    try:
+        return _run(args)
+    except UserError as error:
+        print(f"vidkern: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    names = [n.strip() for n in args.stage.split(",")]
+    for name in names:
+        if name not in STAGES:
+            raise UserError(f"--stage: {name!r}, expected some of {', '.join(STAGES)}")
+    if not (args.minutes > 0):
+        raise UserError(f"--minutes: {args.minutes}, expected more than 0")
+    if not args.dry_run and not torch.cuda.is_available():
+        raise UserError(
+            f"torch {torch.__version__} finds no CUDA device on this machine; --dry-run walks through the stages without one"
+        )
+    _check_shapes(args.shape)
+    folder = records.folder(args.out or records.default_dir(), machine.slug("cpu" if args.dry_run else "cuda"))
+    if len(names) == 1 or args.dry_run:
+        states = [run_stage(name, job_of(args, folder), args.shape and args.shape.split(",")) for name in names]
+    else:
+        # A crash of one stage must not take the others' CUDA context with it, and a stuck one has to end.
+        states = [_in_a_process(name, args) for name in names]
+    for path in gpu_report.write(folder):
+        print(f"wrote {path}")
+    words = {0: "complete", 1: "FAILED", CUT: "cut by time, run again to go on"}
+    print("; ".join(f"{n}: {words.get(s, f'ended with {s}')}" for n, s in zip(names, states)))
+    return 1 if any(s not in (0, CUT) for s in states) else max(states)  # CUT is more than 0
+
+
+def _check_shapes(given: str | None) -> None:
+    from .shapes import GRID
+
+    for name in given.split(",") if given else ():
+        if name not in GRID:
+            raise UserError(f"--shape: {name!r}, expected some of {', '.join(GRID)}")
+
+
+def _in_a_process(name: str, args: argparse.Namespace) -> int:
+    command = [sys.executable, "-m", "vidkern.bench.gpu", "--stage", name, "--minutes", str(args.minutes)]
+    for option in ("shape", "out"):
+        if getattr(args, option):
+            command += [f"--{option}", str(getattr(args, option))]
+    command += [f"--{option}" for option in ("quick", "fresh") if getattr(args, option)]
+    print(f"== {name}", flush=True)
+    status, _ = gpu_machine.in_group(command, 60 * args.minutes + 40)
+    if status is None:
+        print(f"{name}: ended, it did not stop by itself", flush=True)
+    return CUT if status is None else status
+
+
+def job_of(args: argparse.Namespace, folder: Path) -> Job:
+    device = "cpu" if args.dry_run else "cuda"
+    return Job(folder, device, _stamp(args), 60 * args.minutes, args.quick, args.dry_run, args.fresh)
+
+
+def _stamp(args: argparse.Namespace) -> dict:
+    """What the results depend on."""
+    from vidkern import registry, verified
+
+    state = hashlib.sha256()
+    for op in registry.ops().values():
+        for backend in op.backends:
+            state.update(f"{op.name} {backend.name} {verified.digest(tuple(backend.sources))}".encode())
+    found = machine.versions()
+    return {"sources": state.hexdigest()[:16], "torch": found.get("torch"), "triton": found.get("triton"),
+            "quick": args.quick, "dry": args.dry_run}  # fmt: skip
+
+
+# ---- stages -----------------------------------------------------------------------------------------------------------
+def run_stage(name: str, job: Job, shapes: Sequence[str] | None = None) -> int:
+    """Run one stage in this process; 0, 1 or :data:`CUT`."""
+    from tqdm import tqdm
+
+    start = time.monotonic()
+    if job.fresh:
+        job.forget(name)
+    with tqdm(desc=name, unit="step", dynamic_ncols=True, leave=False, disable=True if job.dry else None) as bar:
+
+        def tick(what: str) -> None:
+            bar.update()
+            bar.set_postfix_str(what)
+
+        try:
+            status = RUN[name](job, shapes, tick, bar.write if not bar.disable else print)
+        except OutOfTime as error:
+            print(f"{name}: {error}")
+            status = CUT
+        except Exception as error:
+            # The stages after this one still run; what this one had measured is on disk.
+            import traceback
+
+            traceback.print_exc()
+            print(f"{name}: {type(error).__name__}: {error}")
+            status = 1
+    print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    return status
+
+
+def _machine(job: Job, shapes, tick: Callable, say: Callable) -> int:
+    found = gpu_machine.measure(job)
+    rates = {n: [v for v in r.values() if v] for n, r in found["limits"].items() if isinstance(r, dict)}
+    say(f"{found['device']}: " + ", ".join(f"{n} {max(r) * 1e-12:.4g} T/s" for n, r in rates.items() if r))
+    for key, value in {**found.get("gpu", {}), **found["nvidia_smi"], **found["versions"]}.items():
+        say(f"  {key:<24} {value}")
+    return 0
+
+
+def _build(job: Job, shapes, tick: Callable, say: Callable) -> int:
+    """What is installed, what each op chooses here, and how long a backend's first call takes."""
+    import torch
+
+    import vidkern
+    from vidkern import registry
+    from vidkern.verify import probes
+    from vidkern.verify.rooms import room
+
+    found = job.done("build")
+    if found is None:
+        info = vidkern.info()
+        found = {"versions": info.versions, "cpu": info.cpu, "ops": info.ops, "first_call_seconds": {}}
+        for name, op in registry.ops().items():
+            r = room(name)
+            for backend in op.backends:
+                tick(f"{name} {backend.name}")
+                start = time.perf_counter()
+                try:
+                    probes.same_bits(r, r.samples[0], torch.bfloat16, backend.name, job.device)
+                    if job.device == "cuda":
+                        torch.cuda.synchronize()
+                    state = time.perf_counter() - start
+                except Exception as error:  # that it cannot serve, or does not compile, is what this stage is to find out
+                    state = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                found["first_call_seconds"][f"{name} {backend.name}"] = state
+        found = job.save("build", found)
+    say(str(vidkern.info()))
+    broken = 0
+    for name, state in found["first_call_seconds"].items():
+        say(f"  first call of {name}: {state if isinstance(state, str) else f'{state:.2f} s'}")
+        broken += isinstance(state, str) and not state.startswith("BackendUnavailable")
+    return 1 if broken else 0
+
+
+def _verify(job: Job, shapes, tick: Callable, say: Callable) -> int:
+    """The accuracy rule on every backend, a unit (backend and dtype) at a time, and the record of what passed."""
+    import torch
+
+    from vidkern.verify import command
+
+    device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
+    seed = time.time_ns() % 10**9
+    say(f"verify: seed {seed}")
+    units, unable = [], None
+    planned = command.plan(device, None, None, seed)
+    waiting = [u for u in planned if job.done(f"verify/{u.op}-{u.backend}-{u.dtype}") is None]
+    tick("compiling ahead")
+    say(f"verify: kernels compiled ahead in {command.compile_ahead(waiting, device, seed, max(0, job.left - 120)):.0f} s")
+    for unit in planned:
+        key = f"verify/{unit.op}-{unit.backend}-{unit.dtype}"
+        found = job.done(key)
+        if found is None and unable is None:
+            if job.quick or job.dry:
+                unit.steps = unit.steps[:2]
+            tick(f"{unit.op} {unit.backend} {unit.dtype}")
+            unable = command.verify([unit], seed, 0, job.deadline - 5, quiet=True)
+            if unit.state != "not finished":
+                job.save(key, unit.facts())
+        elif found is not None:
+            unit = command.Unit.from_facts(found)
+        units.append(unit)
+    say("\n".join(command.table(units)))
+    job.save("verify", {"units": [u.facts() for u in units], "versions": command.versions(device), "stopped": unable,
+                        "cut": any(u.state == "not finished" for u in units)})  # fmt: skip
+    if not (job.quick or job.dry):
+        for path in command.keep(units, device, seed, job.folder.parent):
+            say(f"wrote {path}")
+    if unable or any(u.failed for u in units):
+        return 1
+    return CUT if any(u.state == "not finished" for u in units) else 0
+
+
+def _sanitize(job: Job, shapes, tick: Callable, say: Callable) -> int:
+    states = gpu_machine.sanitize(job)
+    for tool, found in states.items():
+        say(f"  {tool:<10} {found['state']} {found['reason']}")
+    return 1 if any(s["state"] == "errors" for s in states.values()) else 0
+
+
+def _time(job: Job, shapes, tick: Callable, say: Callable) -> int:
+    from . import gpu_time
+
+    found = gpu_time.run(job, shapes or (gpu_time.QUICK_SHAPES if job.quick else gpu_time.SHAPES), tick, say)
+    return CUT if any(b["cut"] for b in found) else 0
+
+
+def _sweep(job: Job, shapes, tick: Callable, say: Callable) -> int:
+    from . import gpu_sweep
+
+    gpu_sweep.run(job, [n for n in shapes or SWEEP_SHAPES if n in gpu_sweep.HEADS], tick, say)
+    return 0
+
+
+def _profile(job: Job, shapes, tick: Callable, say: Callable) -> int:
+    from . import gpu_time
+
+    for row in gpu_time.profile(job)["kernels"]:
+        say(f"  {row['microseconds']:12.1f} us  {row['calls']:4} calls  {row['name']}")
+    return 0
+
+
+RUN = {"machine": _machine, "build": _build, "verify": _verify, "sanitize": _sanitize, "time": _time, "sweep": _sweep,
+       "profile": _profile}  # fmt: skip
+
+if __name__ == "__main__":
+    raise SystemExit(main())
