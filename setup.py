@@ -327,6 +327,7 @@ setup(
         "vidkern": ["py.typed"],
         "vidkern.data": ["assets/*"],
         "vidkern.bench": ["results/**/*"],
+        "vidkern.models.four_real": ["records/*.json"],
         "vidkern.csrc": ["**/*"],
     },
     include_package_data=False,

@@ -6,7 +6,9 @@ _HOMES = {
     "FourRealConfig": "config", "tiny": "config", "paper": "config",
     "FourRealVideo": "model", "ReferenceEmbedding": "model", "on_meta": "model", "parameter_count": "model",
     "References": "conditioning", "reference_mask": "conditioning", "draw_modes": "conditioning",
-    "ReferenceCodec": "codec", "FourRealLoss": "loss", "generate": "sample", "GridSource": "data",
+    "encode_references": "conditioning", "latent_times": "conditioning",
+    "ReferenceCodec": "codec", "FourRealLoss": "loss", "generate": "sample", "GridSource": "data", "SceneSource": "scenes",
+    "DataMix": "mix", "Curriculum": "mix", "reversed_views": "mix", "static_grids": "mix",
 }
 __all__ = sorted(_HOMES)
 

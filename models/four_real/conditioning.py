@@ -55,3 +55,38 @@ class References:
         """
         corners = ((slice(0, 1), slice(None)), (slice(None), slice(0, 1)), (slice(0, 1), slice(0, 1)))
         return [(self.frames[:, v, t].expand_as(self.frames), self.mask[:, v, t].expand_as(self.mask)) for v, t in corners]
+
+
+def latent_times(frames, stride=4):
+    """Latent times of a causal video autoencoder: the first frame alone, then groups of `stride` frames. 29 -> 8, 61 -> 16."""
+    if frames < 1 or (frames - 1) % stride:
+        raise ValueError(f"frames={frames}: expected 1 plus a multiple of {stride}")
+    return 1 + (frames - 1) // stride
+
+
+def encode_references(encode, *, fixed_view=None, freeze_time=None, views=None, times=None):
+    """`References` in an autoencoder's latents.
+
+    encode: a causal video encoder [B, F, 3, H, W] -> [B, T, C, h, w]. fixed_view [B, F, 3, H, W]: encoded as one video, it fills view 0.
+    freeze_time [B, V, 3, H, W]: every frame is encoded as a video of its own length 1, for a latent of several frames cannot hold one
+    moment; it fills time 0. Where both are given their common cell comes from the video; a causal encoder gives both the same.
+    views, times: size of the grid (in latent times) along the axis that no reference shows.
+    """
+    if fixed_view is None and freeze_time is None:
+        raise ValueError("fixed_view, freeze_time: both None, expected at least one reference")
+    row = None if fixed_view is None else encode(fixed_view)
+    column = None if freeze_time is None else torch.stack([encode(frame[:, None])[:, 0] for frame in freeze_time.unbind(1)], 1)
+    views = column.shape[1] if column is not None else views
+    times = row.shape[1] if row is not None else times
+    if views is None or times is None:
+        name = "views" if views is None else "times"
+        raise ValueError(f"{name}: None, expected the size of the grid where only one reference is given")
+    some = column if row is None else row
+    frames = some.new_zeros(some.shape[0], views, times, *some.shape[2:])
+    if column is not None:
+        frames[:, :, 0] = column
+    if row is not None:
+        frames[:, 0] = row
+    mode = "both" if row is not None and column is not None else "fixed_view" if column is None else "freeze_time"
+    mask = reference_mask(mode, views, times, some.device)
+    return References(frames, mask.expand(some.shape[0], -1, -1))

@@ -5,13 +5,15 @@ import dataclasses
 from ..shared.dit import BlockSpec, DiTConfig
 from .blend import SHIFTS
 
-VARIANTS = {"fused": "grid", "full": "full"}
+VARIANTS = ("fused", "full", "sequential_insert", "sequential_interleave", "parallel_hard", "parallel_soft", "parallel_light")
+POSITIONS = ("collapsed", "sum", "learned")
 
 
 @dataclasses.dataclass(frozen=True)
 class FourRealConfig:
-    """dit: the base video model, its attention included. prediction: what the network outputs, "velocity" or "x0".
+    """dit: the network, its attention included; architecture, positions: which variant it is. `variant` sets all three.
 
+    prediction: what the network outputs, "velocity" or "x0".
     spread_references: also add, to every cell, embeddings of the reference frames of its own view and its own time (and of the
     corner cell that both share). The paper adds references to their own cells only and lets attention carry them; a model of a few
     hundred thousand parameters learns far sooner when each cell sees its two references directly.
@@ -25,6 +27,8 @@ class FourRealConfig:
     sigma_floor: float = 0.05
     blend_shifts: tuple = ()
     codec_scale: float = 0.35
+    architecture: str = "fused"
+    positions: str = "collapsed"
 
     def __post_init__(self):
         if self.prediction not in ("velocity", "x0"):
@@ -35,11 +39,38 @@ class FourRealConfig:
         if self.blend_shifts and self.prediction != "x0":
             raise ValueError(f"blend_shifts with prediction={self.prediction!r}: expected 'x0'")
 
-    def variant(self, name):
-        """The same model with the self-attention of `name`: "fused" (the paper) or "full" (every frame sees every frame)."""
+    def variant(self, name, *, positions="collapsed", insert_every=1):
+        """The same model in another architecture; the names are explained in `variants`.
+
+        positions (fused and full): "collapsed" (view * t_max + time, the paper's choice), "sum" (view + time) or "learned" (a view
+        embedding added to q and k). insert_every (sequential_insert): a new column attention in every n-th block.
+        """
         if name not in VARIANTS:
-            raise ValueError(f"variant={name!r}: expected one of {tuple(VARIANTS)}")
-        return dataclasses.replace(self, dit=self.dit.with_attention(VARIANTS[name]))
+            raise ValueError(f"variant={name!r}: expected one of {VARIANTS}")
+        if positions not in POSITIONS or (positions != "collapsed" and name not in ("fused", "full")):
+            raise ValueError(f"positions={positions!r}: expected one of {POSITIONS}, with {name!r} 'collapsed'"
+                             if name not in ("fused", "full") else f"positions={positions!r}: expected one of {POSITIONS}")
+        if insert_every < 1 or (insert_every != 1 and name != "sequential_insert"):
+            raise ValueError(f"insert_every={insert_every}: expected 1, or with 'sequential_insert' at least 1")
+        specs = []
+        for index, block in enumerate(self.dit.blocks):
+            attention, kind = _attention(name, index, insert_every)
+            kind = {"sum": "sum", "learned": "time"}.get(positions, kind)
+            specs.append(dataclasses.replace(block, attention=attention, positions=kind))
+        dit = dataclasses.replace(self.dit, blocks=tuple(specs))
+        return dataclasses.replace(self, dit=dit, architecture=name, positions=positions)
+
+
+def _attention(name, index, insert_every):
+    """Pattern and positions of block `index`."""
+    row, column = ("same_view", "time"), ("same_time", "view")
+    if name in ("fused", "full"):
+        return {"fused": "grid", "full": "full"}[name], "collapsed"
+    if name == "sequential_interleave":
+        return row if index % 2 == 0 else column
+    if name == "sequential_insert" and (index + 1) % insert_every:
+        return row[:1], (row[1], column[1])
+    return (row[0], column[0]), (row[1], column[1])
 
 
 def tiny():

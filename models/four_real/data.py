@@ -36,6 +36,16 @@ class GridSource:
         """Frames of the clip that one grid covers."""
         return (self.times - 1) * self.stride + 1
 
+    def identity(self):
+        """What a checkpoint must agree on."""
+        return {"stride": self.stride, "frames": len(self.frames)}
+
+    def description(self, settings, fps):
+        """What metrics.json says of the data; fps: times of a grid per second."""
+        last = len(self.frames) - 1
+        return {"clip": {"file": settings.video or "bundled", "frames": last + 1, "fps": round(fps * self.stride, 3), "stride": self.stride,
+                         "trained_on_frames": [0, self.split - 1], "held_out_frames": [self.split, last]}}
+
     def grid(self, start, generator):
         """float32 [V, T, 3, h, w] in [-1, 1], with the homographies that `generator` draws; view 0 is the clip itself, cropped."""
         clip = self.frames[start : start + self.span : self.stride].float() / 127.5 - 1

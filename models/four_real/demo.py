@@ -1,7 +1,8 @@
-"""`vidkern demo`: train a small 4Real-Video-V2 on one clip, let it generate unseen cells of unseen grids, and show the result.
+"""`vidkern demo`: train a small 4Real-Video-V2 on one clip or on procedural scenes, let it generate unseen cells, and show the result.
 
-Steps: read the clip; train on its first 70 % under random homographies; generate held-out grids with the real sampler; compare
-with simple baselines; write pictures, metrics and a report. Everything is resumable and every file appears whole or not at all.
+Steps: read the clip, and train on its first 70 % under random homographies; or, with --scene, render dynamic scenes with true cameras,
+and train on some of them; generate held-out grids with the real sampler; compare with simple baselines; write pictures, metrics and a
+report. Everything is resumable and every file appears whole or not at all. With --compare: see `compare`.
 """
 
 import copy
@@ -27,11 +28,15 @@ from .codec import ReferenceCodec
 from .conditioning import References, draw_modes
 from .data import open_clip
 from .loss import FourRealLoss
+from .mix import Curriculum, DataMix, reversed_views
 from .model import FourRealVideo, parameter_count
 from .sample import generate
 
 SECONDS_PER_TIME = 0.27  # between two times of a grid: long enough that the freeze-time frame alone is a poor guess
 MODE_MIX = (0.0, 0.0, 1.0, 0.0)  # both references always: in minutes, single references teach nothing but their own ambiguity
+RECIPES = ("simple", "paper")
+PAPER_MIX = {"scene": 0.6, "homography": 0.2, "static": 0.2}  # arXiv 2506.18839: 40 + 20 % dynamic, 20 % 2D-transformed, 20 % static
+FOLDERS = {False: "vidkern-demo", True: "vidkern-compare"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,9 @@ class DemoSettings:
     held_out_grids: int = 12
     seed: int = 0
     video: str = ""
+    scene: str = ""
+    scenes: int = 160
+    recipe: str = "simple"
     device: str = "cpu"
     autocast: bool = False
     impl: str = "auto"
@@ -54,10 +62,18 @@ class DemoSettings:
 
 def add_arguments(parser):
     """Options of `vidkern demo`."""
-    parser.add_argument("--video", help="a video file of your own; default: the bundled clip")
-    parser.add_argument("--out", default="vidkern-demo", help="folder for the results (default: %(default)s)")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--video", help="a video file of your own; default: the bundled clip")
+    data.add_argument("--scene", help="procedural scenes with true cameras in place of a video: bounce, orbit, boxes, mixed or robots")
+    parser.add_argument("--recipe", choices=RECIPES, default="simple", help="with --scene: 'paper' mixes in homography videos, static"
+                        " scenes, single references, and lengthens the clips midway (default: %(default)s)")
+    parser.add_argument("--compare", action="store_true", help="compare the paper's architectures instead, on --scene (default: bounce;"
+                        " toy: drifting textures); an interrupted comparison continues when the command is repeated")
+    parser.add_argument("--seeds", type=int, help="with --compare: runs of each variant (default: 3)")
+    parser.add_argument("--record", help="with --compare: write the record to this JSON file too")
+    parser.add_argument("--out", help="folder for the results (default: vidkern-demo, with --compare vidkern-compare)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help=f"training steps (default: {DemoSettings.steps})")
+    length.add_argument("--steps", type=int, help=f"training steps (default: {DemoSettings.steps}); with --compare: fine-tuning steps")
     length.add_argument("--minutes", type=float, help="train for about this long instead; the number of steps is measured first")
     length.add_argument("--quick", action="store_true", help="a check of the plumbing in about half a minute; the pictures mean nothing")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in the same folder")
@@ -68,11 +84,16 @@ def add_arguments(parser):
 
 def run(args):
     """Run the demo; returns the exit status. Raises UserError for what the user can mend."""
-    out = prepare_folder(args.out)
+    if args.compare:
+        from . import compare_cli
+
+        return compare_cli.run(args, prepare_folder(args.out or FOLDERS[True]))
+    check_options(args)
+    out = prepare_folder(args.out or FOLDERS[False])
     device = check_device(args.device)
     saved = load_checkpoint(out / "checkpoint.pt") if args.resume else None
-    source, fps = open_clip(args.video or bundled_clip(), seconds_per_time=SECONDS_PER_TIME)
     settings = initial_settings(args, saved)
+    source, fps = open_source(settings)
     torch.manual_seed(settings.seed)
     model = FourRealVideo(config.demo()).to(device)
     loss = GridLoss(source, settings)
@@ -80,21 +101,45 @@ def run(args):
         settings = measure(settings, model, loss, args.minutes)
         loss = GridLoss(source, settings)
     trainer = Trainer(model, loss, train_config(settings), checkpoint=out / "checkpoint.pt", log=out / "train.jsonl",
-                      settings={**dataclasses.asdict(settings), "stride": source.stride, "frames": len(source.frames)})
+                      settings={**dataclasses.asdict(settings), **source.identity()})
     if saved is not None:
         resume(trainer, saved)
     try:
         trainer.run()
     except Interrupted as stop:
-        print(f"vidkern: stopped after {stop.step} of {settings.steps} steps; continue with: vidkern demo --out {args.out} --resume"
-              + (f" --video {args.video}" if args.video else ""), file=sys.stderr)
+        repeated = "".join(f" --{name} {getattr(settings, name)}" for name in ("video", "scene") if getattr(settings, name))
+        repeated += f" --recipe {settings.recipe}" * (settings.recipe != "simple")
+        print(f"vidkern: stopped after {stop.step} of {settings.steps} steps; continue with: vidkern demo --out {out} --resume{repeated}",
+              file=sys.stderr)
         return 130
     result = evaluate(trainer.averaged.eval(), source, settings)
     metrics = summarise(result, settings, source, fps, trainer, explain(model, source, settings))
-    report.write(out, result, metrics, fps / source.stride)
+    report.write(out, result, metrics, fps)
     print(report.headline(metrics))
     print(f"report: {out / 'report.html'}")
     return 0
+
+
+def check_options(args):
+    """Options that need another one."""
+    if args.recipe != "simple" and not args.scene:
+        raise UserError(f"--recipe {args.recipe}: expected with --scene")
+    for name in ("seeds", "record"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} {getattr(args, name)}: expected with --compare")
+
+
+def open_source(settings):
+    """(source of grids, times of a grid per second)."""
+    if not settings.scene:
+        source, fps = open_clip(settings.video or bundled_clip(), seconds_per_time=SECONDS_PER_TIME)
+        return source, fps / source.stride
+    from .scenes import Pool, SceneSource
+
+    step, size = 0.2, (48, 64)
+    pools = [Pool.render(settings.scene, count, views=4, times=8, size=size, split=split, step=step)
+             for split, count in (("train", settings.scenes), ("held_out", settings.held_out_grids))]
+    return SceneSource(*pools, name=settings.scene), 1 / step
 
 
 def prepare_folder(path):
@@ -147,9 +192,10 @@ def initial_settings(args, saved):
         raise UserError(f"--minutes {args.minutes}: expected a positive number")
     known = {} if saved is None else saved.get("settings", {})
     settings = DemoSettings(steps=args.steps or known.get("steps", DemoSettings.steps), seed=args.seed, device=args.device,
-                            impl=args.impl or "auto", video=str(args.video or ""), autocast=known.get("autocast", False))
+                            impl=args.impl or "auto", video=str(args.video or ""), autocast=known.get("autocast", False),
+                            scene=args.scene or "", scenes=DemoSettings.scenes if args.scene else 0, recipe=args.recipe)
     if args.quick or (args.steps is None and known.get("held_out_grids") == 2):
-        settings = dataclasses.replace(settings, steps=20, held_out_grids=2, sampling_steps=2)
+        settings = dataclasses.replace(settings, steps=20, held_out_grids=2, sampling_steps=2, scenes=min(settings.scenes, 3))
     return settings
 
 
@@ -162,10 +208,23 @@ class GridLoss:
         # Reference cells are known and easy: they count little, so that capacity goes to the cells that are asked for. Times near noise
         # are drawn most, where the picture must come from the references; the sampler's shift spends its steps there too.
         self.loss = FourRealLoss(reference_weight=0.1, sigma_mean=settings.sigma_mean)
+        self.mix = self.curriculum = None
+        if settings.recipe == "paper":
+            clip, _ = open_clip(bundled_clip(), seconds_per_time=SECONDS_PER_TIME, views=source.views, times=source.times, size=source.size)
+            self.mix, self.curriculum = DataMix({"scene": source, "homography": clip}, PAPER_MIX), Curriculum.halves(source.times)
+
+    def draw(self, step, generator):
+        """Grids and their modes for this step."""
+        batch = self.settings.batch
+        if self.mix is not None:
+            return self.mix.draw(batch, generator, self.curriculum.times(step, self.settings.steps))
+        grid = self.source.train(batch, generator)
+        return reversed_views(grid, generator) if self.settings.scene else grid, draw_modes(batch, generator, MODE_MIX)
 
     def __call__(self, model, step, generator):
-        grid = self.source.train(self.settings.batch, generator).to(self.settings.device)
-        references = References.from_grid(grid, draw_modes(len(grid), generator, MODE_MIX))
+        grid, modes = self.draw(step, generator)
+        grid = grid.to(self.settings.device)
+        references = References.from_grid(grid, modes)
         return self.loss(model, self.codec.encode(grid, references), references, generator, impl=self.impl), {}
 
 
@@ -247,8 +306,7 @@ def summarise(result, settings, source, fps, trainer, backend):
                                  for v, row in enumerate(cells[name].tolist())] for name in ("model", best, "nearest")},
         "shown_grid": int(per_grid.argsort()[len(per_grid) // 2]),
         "settings": dataclasses.asdict(settings),
-        "clip": {"file": settings.video or "bundled", "frames": len(source.frames), "fps": round(fps, 3), "stride": source.stride,
-                 "trained_on_frames": [0, source.split - 1], "held_out_frames": [source.split, len(source.frames) - 1]},
+        **source.description(settings, fps),
         "model": {"parameters": parameter_count(trainer.model), "blocks": len(dit.blocks), "dim": dit.dim, "heads": dit.heads,
                   "patch": dit.patch},
         "training_seconds": round(trainer.seconds, 1),

@@ -8,17 +8,18 @@ What is new in the paper ("Fused view-time attention", "Positional embedding", c
 3. Reference frames enter by adding their patch embedding to the noised tokens before the first block.
 4. Only the self-attention is fine-tuned (and here the new reference embedding, which starts at zero).
 
-With V = 1 and no references the model *is* the base video DiT.
+With V = 1 and no references the model *is* the base video DiT. The architectures that the paper compares with are in `variants`.
 """
 
 import torch
 from torch import nn
 
-from ..shared.dit import VideoDiT, patchify
+from ..shared.dit import patchify
 from ..shared.flow import RectifiedFlow
 from .blend import mixture
 from .codec import ReferenceCodec
 from .conditioning import References
+from .variants import base_names, build, load_base
 
 
 class ReferenceEmbedding(nn.Module):
@@ -49,20 +50,27 @@ class FourRealVideo(nn.Module):
     """Velocity of a noised grid given its references.
 
     ``forward(z [B, V, T, C, H, W], sigma [B], frames, mask, text=None)`` -> velocity, z's shape. frames, mask: a `References`,
-    or both None for the bare base model. sigma: noise time, 1 = noise. impl: attention backend. Further keywords go to `VideoDiT`.
+    or both None for the bare base model. sigma: noise time, 1 = noise. impl: attention backend. cameras (sequential_insert alone):
+    world-to-camera [B, V, T, 3, 4]. Further keywords go to `VideoDiT`.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.dit = VideoDiT(config.dit)
+        self.dit = build(config)
         self.references = ReferenceEmbedding(config)
 
     @classmethod
     def from_base(cls, base, config):
-        """Start from a trained video DiT: its weights are used as they are; the reference embedding starts at zero."""
+        """Start from a trained base: its weights are used as they are, and what the variant adds starts from them (see `variants`).
+
+        base: a `VideoDiT`, and the reference embedding starts at zero; or a `FourRealVideo`, whose reference embedding is kept.
+        """
         model = cls(config)
-        model.dit.load_state_dict(base.state_dict())
+        trained = isinstance(base, FourRealVideo)
+        load_base(model.dit, (base.dit if trained else base).state_dict())
+        if trained:
+            model.references.load_state_dict(base.references.state_dict())
         return model
 
     def output(self, z, sigma, frames=None, mask=None, **kwargs):
@@ -88,16 +96,33 @@ class FourRealVideo(nn.Module):
 
     def attention_parameters(self):
         """What the paper fine-tunes: q, k, v, output projections and QK norms of every self-attention, plus the reference embedding."""
-        chosen = [self.references] + [block.attention for block in self.dit.blocks]
-        return [parameter for module in chosen for parameter in module.parameters()]
+        return self.parameters_of("attention")
 
-    def train_attention_only(self):
-        """Freeze everything but `attention_parameters`; returns them, ready for an optimiser."""
+    def parameters_of(self, scope):
+        """A part of the parameters, always with the reference embedding.
+
+        "attention": the base model's self-attentions. "new": what the variant adds to the base model (for sequential_insert its
+        column attentions, for the parallel ones the synchronisation). "both": those two. "all": every parameter.
+        """
+        base = base_names(self.config.dit)
+        inside = {"attention": lambda name: name in base and ".attention." in name, "new": lambda name: name not in base,
+                  "both": lambda name: name not in base or ".attention." in name, "all": lambda name: True}
+        if scope not in inside:
+            raise ValueError(f"scope={scope!r}: expected one of {tuple(inside)}")
+        chosen = [parameter for name, parameter in self.dit.named_parameters() if inside[scope](name)]
+        return list(self.references.parameters()) + chosen
+
+    def train_only(self, scope):
+        """Freeze everything but `parameters_of(scope)`; returns those, ready for an optimiser."""
         self.requires_grad_(False)
-        chosen = self.attention_parameters()
+        chosen = self.parameters_of(scope)
         for parameter in chosen:
             parameter.requires_grad_(True)
         return chosen
+
+    def train_attention_only(self):
+        """`train_only("attention")`, as in the paper."""
+        return self.train_only("attention")
 
 
 def parameter_count(module):

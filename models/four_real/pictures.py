@@ -20,16 +20,18 @@ def framed(canvas, image, corner, colour, width=3):
     canvas.paste(image, corner)
 
 
-def panel(grid, mask, *, title, note, scale=2, gap=8, margin=34, colours=(GIVEN, MADE)):
-    """One grid [V, T, 3, h, w] as an image with view and time labels. Cells in mask [V, T] get the first frame colour, others the second."""
+def panel(grid, mask, *, title, note, scale=2, gap=8, margin=34, top=50, colours=(GIVEN, MADE), note_below=False):
+    """One grid [V, T, 3, h, w] as an image with view and time labels. Cells in mask [V, T] get the first frame colour, others the second.
+
+    top: pixels above the cells. note_below: the note goes under the title, not beside it.
+    """
     V, T, _, h, w = grid.shape
     font, small = ImageFont.load_default(18), ImageFont.load_default(13)
-    top = 50
     width, height = margin + T * (w * scale + gap) + gap, top + V * (h * scale + gap) + gap
     canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((8, 4), title, font=font, fill=INK)
-    draw.text((8 + draw.textlength(title, font=font) + 12, 9), note, font=small, fill=MUTED)
+    draw.text((8, 27) if note_below else (8 + draw.textlength(title, font=font) + 12, 9), note, font=small, fill=MUTED)
     for t in range(T):
         draw.text((margin + t * (w * scale + gap) + gap, top - 19), f"time {t}", font=small, fill=MUTED)
     for v in range(V):

@@ -72,7 +72,7 @@ def _mean_psnr(grid, truth, mask):
 def page(out, metrics):
     """The report as one HTML string; pictures are embedded."""
     m, best = metrics, metrics["best_baseline"]
-    clip, settings = m["clip"], m["settings"]
+    settings = m["settings"]
     margin = m["margin_db_over_best"]
     quick = "<p class=verdict>This was a <b>--quick</b> run: it checks the plumbing, the model has learned next to nothing.</p>"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>vidkern demo: 4Real-Video-V2</title><style>{STYLE}</style><main>
@@ -89,9 +89,9 @@ def page(out, metrics):
 <h2>The grid, playing</h2>
 <p>Columns are views, time runs. View 0 and the first moment are given (green); everything framed in orange is generated.
 This is the held-out grid with the median margin among {settings['held_out_grids']}, not the best one.</p>
-<video controls loop autoplay muted playsinline src="{_data_uri(out / 'grid.mp4', 'video/mp4')}"></video>
+<video controls loop autoplay muted playsinline src="{data_uri(out / 'grid.mp4', 'video/mp4')}"></video>
 <h2>Every cell beside the truth</h2>
-<img alt="contact sheet" src="{_data_uri(out / 'grid.png', 'image/png')}">
+<img alt="contact sheet" src="{data_uri(out / 'grid.png', 'image/png')}">
 <h2>Numbers on unseen cells</h2>
 {_scores(m)}
 <p class="muted">Means over {settings['held_out_grids']} held-out grids, {_unseen(m)} unseen cells each. Higher is better. All blends use the
@@ -102,10 +102,7 @@ things turn soft and may show the edges of the 8x8 patches. Margins of the singl
 {', '.join(f'{x:+.1f}' for x in m['margin_db_per_grid'])} dB; where hardly anything moves, a freeze-time frame is hard to beat.</p>
 {_cells(m)}
 <h2>What was held out</h2>
-<p>The clip has {clip['frames']} frames. Training grids come from frames {clip['trained_on_frames'][0]} to {clip['trained_on_frames'][1]}
-under random homographies; the grids above come from frames {clip['held_out_frames'][0]} to {clip['held_out_frames'][1]}, under homographies
-drawn from seeds that training never used. They show the same scene as the training part, at moments and from views that the model has
-not seen: this measures new moments and views, not new scenes.</p>
+{_held_out(m)}
 <h2>Training</h2>
 {_curve(out / 'train.jsonl')}
 <h2>How it works, and what is simplified</h2>
@@ -115,15 +112,40 @@ embeddings added to the noised tokens. The sampler is Euler on the rectified flo
 steps favour the expected picture over invented detail: soft edges rather than wrong ones.</p>
 <p>Simplified against the paper: pixels instead of an autoencoder, coded as the difference to the mean of a cell's two references; each
 cell also sees its own two references directly, and the output layer may choose, pixel by pixel, between them (the freeze-time frame, or
-the fixed-view frame moved by a few pixels) before it adds its own correction; both references are always given; no text; views are
-homographies of one clip, not real cameras; the model has {m['model']['parameters'] / 1e6:.1f}M parameters, not 11B, and is trained from
+the fixed-view frame moved by a few pixels) before it adds its own correction; {_views(m)}; no text; the model has {m['model']['parameters'] / 1e6:.1f}M parameters, not 11B, and is trained from
 nothing rather than fine-tuned.</p>
 <h2>Which kernel ran</h2>
 <pre>{html.escape(m['attention_backend'])}</pre>
 <h2>Settings</h2>
-{_table({**settings, **{'clip ' + k: v for k, v in clip.items()}, **{'model ' + k: v for k, v in m['model'].items()}, **m['versions']})}
+{_table({**settings, **_data(m), **{'model ' + k: v for k, v in m['model'].items()}, **m['versions']})}
 </main></html>
 """
+
+
+def _held_out(m):
+    """Where the training grids and the shown ones come from."""
+    if "scenes" in m:
+        s = m["scenes"]
+        return f"""<p>Training grids are {s['trained_on']} procedural scenes ({html.escape(s['scene'])}), rendered from true cameras,
+{s['seconds_per_time']} s between two times. The {s['held_out']} grids above are other scenes, from seeds that training never used: other objects,
+other motions, other cameras.</p>"""
+    clip = m["clip"]
+    return f"""<p>The clip has {clip['frames']} frames. Training grids come from frames {clip['trained_on_frames'][0]} to {clip['trained_on_frames'][1]}
+under random homographies; the grids above come from frames {clip['held_out_frames'][0]} to {clip['held_out_frames'][1]}, under homographies
+drawn from seeds that training never used. They show the same scene as the training part, at moments and from views that the model has
+not seen: this measures new moments and views, not new scenes.</p>"""
+
+
+def _views(m):
+    """What the training was given, against the paper."""
+    given = ("single references, static scenes and homography videos are mixed in as in the paper" if m["settings"]["recipe"] == "paper"
+             else "both references are always given")
+    return given + ("" if "scenes" in m else "; views are homographies of one clip, not real cameras")
+
+
+def _data(m):
+    """Rows of the settings table about the data."""
+    return {f"{kind} {k}": v for kind in ("clip", "scenes") for k, v in m.get(kind, {}).items()}
 
 
 def verdict(m):
@@ -150,7 +172,7 @@ def _unseen(m):
     return sum(cell is not None for row in m["psnr_per_cell"]["model"] for cell in row)
 
 
-def _data_uri(path, kind):
+def data_uri(path, kind):
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 

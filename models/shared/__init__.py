@@ -5,7 +5,7 @@ import importlib
 _HOMES = {
     "VideoDiT": "dit", "DiTConfig": "dit", "BlockSpec": "dit", "Block": "dit", "patchify": "dit", "unpatchify": "dit",
     "SelfAttention": "attention", "CrossAttention": "attention",
-    "RotaryEmbedding": "rope", "apply_rope": "rope", "collapsed_time": "rope", "split_head_dim": "rope",
+    "RotaryEmbedding": "rope", "apply_rope": "rope", "collapsed_time": "rope", "grid_positions": "rope", "split_head_dim": "rope",
     "RectifiedFlow": "flow", "uniform_sigma": "flow", "logit_normal_sigma": "flow", "shift_sigma": "flow",
     "combine": "guidance", "cfg_weights": "guidance", "guided": "guidance",
     "euler": "sample", "schedule": "sample",

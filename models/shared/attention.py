@@ -9,15 +9,17 @@ import vidkern
 from .rope import apply_rope
 
 QK_NORMS = ("none", "head", "all")
-PATTERNS = ("grid", "full", "sdpa")
+PATTERNS = ("grid", "same_view", "same_time", "full", "sdpa")
+PARTS = {"grid": ("self", "view", "time"), "same_view": ("self", "view"), "same_time": ("self", "time")}
 
 
 def attend(q, k, v, pattern, grid, *, valid=None, scale=None, impl=None):
     """Attention over q, k, v [B, L, H, D] with the frames of `grid` = (V, T); returns [B, L, H, D].
 
-    pattern: ``"grid"`` (own frame, same view, same time: `vidkern.grid_attention`), ``"full"`` (every frame sees every frame,
-    the same op with one long view), ``"sdpa"`` (the same function by torch's own attention, `valid` not supported), or a
-    FramePattern for `vidkern.frame_sparse_attention`. valid: bool [B, V, T], dead frames. impl: backend name or None.
+    pattern: ``"grid"`` (own frame, same view, same time: `vidkern.grid_attention`), ``"same_view"`` or ``"same_time"`` (own frame and
+    one of the two), ``"full"`` (every frame sees every frame, the same op with one long view), ``"sdpa"`` (the same function as full
+    by torch's own attention, `valid` not supported), or a FramePattern for `vidkern.frame_sparse_attention`. valid: bool [B, V, T],
+    dead frames. impl: backend name or None.
     """
     if isinstance(pattern, str):
         if pattern == "sdpa":
@@ -30,7 +32,8 @@ def attend(q, k, v, pattern, grid, *, valid=None, scale=None, impl=None):
         if pattern == "full":
             grid = (1, grid[0] * grid[1])
             valid = valid if valid is None else valid.reshape(valid.shape[0], 1, -1)
-        return vidkern.grid_attention(q, k, v, grid=grid, layout="blhd", valid=valid, scale=scale, impl=impl)
+        return vidkern.grid_attention(q, k, v, grid=grid, layout="blhd", valid=valid, scale=scale, impl=impl,
+                                      include=PARTS.get(pattern, PARTS["grid"]))
     valid = valid if valid is None else valid.flatten(-2)
     return vidkern.frame_sparse_attention(q, k, v, pattern, layout="blhd", valid=valid, scale=scale, impl=impl)
 
@@ -70,10 +73,16 @@ class SelfAttention(nn.Module):
         self.k_norm = QKNorm(qk_norm, heads, self.head_dim)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x, table, pattern, grid, *, valid=None, impl=None, capture=None):
-        """capture: a dict that receives "q" and "k" [B, L, H, D] as they enter the attention, or None."""
+    def project(self, x, offset=None):
+        """q, k, v [B, L, H, D] before their rotation; offset: added to the normed q and k, broadcast against them, or None."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
-        q, k = apply_rope(self.q_norm(q), table), apply_rope(self.k_norm(k), table)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if offset is None else (q + offset, k + offset, v)
+
+    def forward(self, x, table, pattern, grid, *, offset=None, valid=None, impl=None, capture=None):
+        """capture: a dict that receives "q" and "k" [B, L, H, D] as they enter the attention, or None. offset: see `project`."""
+        q, k, v = self.project(x, offset)
+        q, k = apply_rope(q, table), apply_rope(k, table)
         if capture is not None:
             capture.update(q=q, k=k)
         return self.out(attend(q, k, v, pattern, grid, valid=valid, impl=impl).flatten(2))

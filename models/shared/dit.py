@@ -11,15 +11,19 @@ import torch
 from torch import nn
 
 from .attention import CrossAttention, SelfAttention
-from .rope import RotaryEmbedding, collapsed_time, split_head_dim
+from .rope import RotaryEmbedding, grid_positions, split_head_dim
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """One block. attention: "grid", "full", "sdpa" or a FramePattern (see `attention.attend`). cross: text cross-attention."""
+    """One block. attention: a pattern of `attention.attend`. cross: text cross-attention. positions: a kind of `rope.grid_positions`.
+
+    A block that attends more than once takes a tuple of patterns and a tuple of kinds.
+    """
 
     attention: object = "grid"
     cross: bool = False
+    positions: object = "collapsed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +84,14 @@ def modulate(x, shift, scale):
 class Block(nn.Module):
     """AdaLN-zero block: x += gate * self-attention; x += cross-attention(text); x += gate * MLP."""
 
+    attention_type = SelfAttention
+
     def __init__(self, config, spec):
         super().__init__()
         dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
         self.spec = spec
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attention = SelfAttention(dim, config.heads, qk_norm=config.qk_norm)
+        self.attention = self.attention_type(dim, config.heads, qk_norm=config.qk_norm)
         if spec.cross:
             self.norm_cross = nn.LayerNorm(dim, eps=1e-6)
             self.cross = CrossAttention(dim, config.heads, config.text_dim, qk_norm=config.qk_norm)
@@ -93,11 +99,19 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x, condition, table, grid, *, text=None, text_mask=None, valid=None, impl=None, capture=None):
-        """x [B, L, dim]; condition [B, dim], after its SiLU; table: RoPE (cos, sin); grid (V, T)."""
+    def forward(self, x, condition, table, grid, *, text=None, text_mask=None, pattern=None, **attention):
+        """x [B, L, dim]; condition [B, dim], after its SiLU; table: RoPE (cos, sin); grid (V, T).
+
+        pattern: in place of the spec's own. Further keywords (offset, valid, impl, capture) go to the self-attention.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         h = modulate(self.norm1(x), shift1, scale1)
-        x = x + gate1 * self.attention(h, table, self.spec.attention, grid, valid=valid, impl=impl, capture=capture)
+        x = x + gate1 * self.attention(h, table, pattern or self.spec.attention, grid, **attention)
+        return self.after_attention(x, (shift2, scale2, gate2), text, text_mask)
+
+    def after_attention(self, x, modulation, text=None, text_mask=None):
+        """The rest of the block: text cross-attention and MLP; modulation: its shift, scale and gate."""
+        shift2, scale2, gate2 = modulation
         if self.spec.cross:
             x = x + self.cross(self.norm_cross(x), text, text_mask)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -120,11 +134,15 @@ class FinalLayer(nn.Module):
 class VideoDiT(nn.Module):
     """Predicts one value per input channel and pixel (by convention the velocity) for noised frames.
 
-    ``forward(x [B, V, T, C, H, W], sigma [B])`` -> the same shape (with out_channels, if set). sigma: noise time in [0, 1], 1 = noise. `extra`: tokens
-    [B, L, dim] added to the patch embedding (conditioning). `capture`: an iterable of tap names, "<block>.hidden", "<block>.q",
+    ``forward(x [B, V, T, C, H, W], sigma [B])`` -> the same shape (with out_channels, if set). sigma: noise time in [0, 1], 1 = noise.
+    `extra`: tokens [B, L, dim] added to the patch embedding (conditioning). `capture`: an iterable of tap names, "<block>.hidden", "<block>.q",
     "<block>.k"; the call then returns (output, {name: tensor}). `stop_after`: last block to run; the output is then None.
-    `valid`: bool [B, V, T], dead frames. `impl`: attention backend.
+    `valid`: bool [B, V, T], dead frames. `impl`: attention backend. `block_inputs`: further keywords of every block.
+
+    A model of other blocks or another trunk is a subclass with its own `block_type` or `trunk`.
     """
+
+    block_type = Block
 
     def __init__(self, config):
         super().__init__()
@@ -132,7 +150,7 @@ class VideoDiT(nn.Module):
         self.embed = nn.Linear(config.channels * config.patch**2, config.dim)
         self.time = nn.Sequential(nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim))
         self.rope = RotaryEmbedding(config.rope_axes or split_head_dim(config.dim // config.heads), config.theta)
-        self.blocks = nn.ModuleList(Block(config, spec) for spec in config.blocks)
+        self.blocks = nn.ModuleList(self.block_type(config, spec) for spec in config.blocks)
         self.final = FinalLayer(config)
         self.reset_parameters()
 
@@ -146,38 +164,61 @@ class VideoDiT(nn.Module):
                 if name.endswith(("modulation", "final.linear", "cross.out")):
                     nn.init.zeros_(module.weight)
 
-    def positions(self, views, times, height, width, device=None):
-        """RoPE positions of every token: view * t_max + time, y, x in patch units; three fp32 tensors [V*T*height*width]."""
-        time = collapsed_time(views, times, self.config.t_max, device)
+    def positions(self, views, times, height, width, device=None, kind="collapsed"):
+        """RoPE positions of every token: the time axis by `kind` (`rope.grid_positions`), y, x in patch units; three fp32 [L]."""
+        time = grid_positions(kind, views, times, self.config.t_max, device)
         y, x = (torch.arange(n, device=device, dtype=torch.float32) for n in (height, width))
         shape = (views * times, height, width)
         expand = (time[:, None, None], y[None, :, None], x[None, None, :])
         return tuple(p.expand(shape).flatten() for p in expand)
 
-    def condition(self, sigma):
-        """Time embedding [B, dim] of sigma [B], with the SiLU that every modulation expects."""
-        weight = self.time[0].weight
-        return nn.functional.silu(self.time(sinusoid(sigma, self.config.freq_dim).to(weight.dtype)))
+    def tables(self, views, times, height, width, device=None):
+        """A function from a block's spec to its RoPE table, or to a tuple of tables; each kind of positions is made once."""
+        made = {}
 
-    def forward(self, x, sigma, *, extra=None, text=None, text_mask=None, valid=None, impl=None, capture=(), stop_after=None):
+        def table(kind):
+            if kind not in made:
+                made[kind] = self.rope(self.positions(views, times, height, width, device, kind))
+            return made[kind]
+
+        return lambda kinds: tuple(map(table, kinds)) if isinstance(kinds, tuple) else table(kinds)
+
+    def embed_time(self, sigma):
+        """Time embedding [B, dim] of sigma [B]."""
+        return self.time(sinusoid(sigma, self.config.freq_dim).to(self.time[0].weight.dtype))
+
+    def condition(self, sigma):
+        """The time embedding after the SiLU that every modulation expects."""
+        return nn.functional.silu(self.embed_time(sigma))
+
+    def forward(self, x, sigma, *, extra=None, text=None, text_mask=None, valid=None, impl=None, capture=(), stop_after=None,
+                block_inputs=None):
         B, V, T, C, H, W = x.shape
-        patch = self.config.patch
+        patch, wanted = self.config.patch, set(capture)
         tokens = self.embed(patchify(x, patch))
         if extra is not None:
             tokens = tokens + extra
-        table = self.rope(self.positions(V, T, H // patch, W // patch, x.device))
-        condition = self.condition(sigma)
-        taps, wanted = {}, set(capture)
+        tables = self.tables(V, T, H // patch, W // patch, x.device)
+        inputs = {"text": text, "text_mask": text_mask, "valid": valid, "impl": impl, **(block_inputs or {})}
+        embedded = self.embed_time(sigma)
+        tokens, taps = self.trunk(tokens, embedded, tables, (V, T), wanted, stop_after, inputs)
+        if stop_after is not None and stop_after < len(self.blocks):
+            return (None, self._checked(taps, wanted)) if wanted else None
+        out = self.final(tokens, nn.functional.silu(embedded))
+        out = unpatchify(out, patch, (B, V, T, self.config.out_channels or C, H, W))
+        return (out, self._checked(taps, wanted)) if wanted else out
+
+    def trunk(self, tokens, embedded, tables, grid, wanted, stop_after, inputs):
+        """All blocks up to `stop_after`, given the time embedding [B, dim]: returns the tokens and {tap name: tensor}."""
+        condition, taps = nn.functional.silu(embedded), {}
         for index, block in enumerate(self.blocks):
             found = {} if wanted & {f"{index}.q", f"{index}.k"} else None
-            tokens = block(tokens, condition, table, (V, T), text=text, text_mask=text_mask, valid=valid, impl=impl,
-                           capture=found)
+            tokens = block(tokens, condition, tables(block.spec.positions), grid, capture=found, **inputs)
             found = {"hidden": tokens, **(found or {})} if wanted else {}
             taps.update({f"{index}.{key}": value for key, value in found.items() if f"{index}.{key}" in wanted})
             if index == stop_after:
-                return (None, self._checked(taps, wanted)) if wanted else None
-        out = unpatchify(self.final(tokens, condition), patch, (B, V, T, self.config.out_channels or C, H, W))
-        return (out, self._checked(taps, wanted)) if wanted else out
+                break
+        return tokens, taps
 
     @staticmethod
     def _checked(taps, wanted):

@@ -31,6 +31,24 @@ def collapsed_time(views, times, t_max, device=None):
     return (view[:, None] * t_max + time[None, :]).flatten()
 
 
+POSITIONS = ("collapsed", "sum", "time", "view")
+
+
+def grid_positions(kind, views, times, t_max, device=None):
+    """Positions [views * times] on the time axis of RoPE, view-major.
+
+    kind: "collapsed" (view * t_max + time, see `collapsed_time`); "sum" (view + time: cells on one anti-diagonal share a position);
+    "time" or "view" (that index alone, for attention within one view or within one time).
+    """
+    if kind == "collapsed":
+        return collapsed_time(views, times, t_max, device)
+    if kind not in POSITIONS:
+        raise ValueError(f"positions={kind!r}: expected one of {POSITIONS}")
+    view = torch.arange(views, device=device, dtype=torch.float32)[:, None].expand(views, times)
+    time = torch.arange(times, device=device, dtype=torch.float32)[None, :].expand(views, times)
+    return {"sum": view + time, "time": time, "view": view}[kind].flatten()
+
+
 class RotaryEmbedding(nn.Module):
     """Makes the (cos, sin) tables [L, head_dim / 2] for positions given per axis.
 
