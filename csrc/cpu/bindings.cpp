@@ -7,12 +7,14 @@
 
 #include <stdlib.h>
 
+#include <new>
 #include <string>
 
 #include "cpu/cpuid.h"
 #include "cpu/grid_attention.h"
 #include "cpu/merge_attention.h"
 #include "cpu/peak.h"
+#include "cpu/pyramid.h"
 
 namespace py = pybind11;
 using namespace vk;
@@ -27,12 +29,24 @@ struct Tier {
   void (*merge_backward)(const MergeArgs&);
   double (*peak_fp32)(int, double);
   double (*peak_bf16)(int, double);
+  int64_t (*pyramid_loss_runs)(const PyramidArgs&);
+  int (*pyramid[15])(const PyramidArgs&);
 };
+// Names of Tier::pyramid, which become functions of the module.
+const char* const pyramid_names[] = {
+    "pyramid_analysis", "pyramid_analysis_adjoint", "pyramid_synthesis", "pyramid_synthesis_adjoint", "pyramid_mix",
+    "pyramid_mix_adjoint", "pyramid_step", "pyramid_step_adjoint", "pyramid_loss", "pyramid_loss_backward", "pyramid_stage",
+    "pyramid_stage_adjoint", "pyramid_transition", "pyramid_transition_adjoint", "pyramid_normals"};
 
 #define VK_TIER_TABLE(t)                                                                                                      \
   {                                                                                                                           \
     t::grid_attention_forward, t::grid_attention_backward, t::grid_attention_workspace, t::merge_attention_forward,           \
-        t::merge_attention_backward, t::peak_fp32, t::peak_bf16                                                               \
+        t::merge_attention_backward, t::peak_fp32, t::peak_bf16, t::pyramid_loss_runs, {                                      \
+      t::pyramid_analysis, t::pyramid_analysis_adjoint, t::pyramid_synthesis, t::pyramid_synthesis_adjoint, t::pyramid_mix,   \
+          t::pyramid_mix_adjoint, t::pyramid_step, t::pyramid_step_adjoint, t::pyramid_loss, t::pyramid_loss_backward,        \
+          t::pyramid_stage, t::pyramid_stage_adjoint, t::pyramid_transition, t::pyramid_transition_adjoint,                   \
+          t::pyramid_normals                                                                                                  \
+    }                                                                                                                         \
   }
 const Tier tiers[ISA_COUNT] = {
     VK_TIER_TABLE(portable),
@@ -102,6 +116,8 @@ class Fields {
 void require(bool ok, const char* name, int64_t value, const char* expectation) {
   if (!ok) throw py::value_error(std::string(name) + ": " + std::to_string(value) + ", expected " + expectation);
 }
+
+int64_t least_of(int64_t a, int64_t b, int64_t c) { return a < b ? (a < c ? a : c) : (b < c ? b : c); }
 
 GridArgs read_shape(Fields& f) {
   GridArgs a{};
@@ -197,6 +213,63 @@ void merge(bool backward, const py::tuple& args) {
   (backward ? tier().merge_backward : tier().merge_forward)(a);
 }
 
+LevelView read_view(Fields& f) {
+  LevelView v;
+  v.data = f.pointer<void>(), v.bf16 = static_cast<int>(f.next());
+  v.b = f.next(), v.c = f.next(), v.t = f.next(), v.y = f.next(), v.x = f.next(), v.ti = f.next(), v.yi = f.next();
+  v.pt = f.next(), v.ph = f.next(), v.pw = f.next();
+  require(v.pt >= 1 && v.ph >= 1 && v.pw >= 1, "patch", least_of(v.pt, v.ph, v.pw), ">= 1");
+  return v;
+}
+
+// The fields of every pyramid kernel. `present` has a bit for volume, then in[0..2], then out[0..2].
+PyramidArgs read_pyramid(const py::tuple& fields, const py::tuple& scales) {
+  Fields f(fields);
+  PyramidArgs a{};
+  a.threads = static_cast<int>(f.next()), a.stream = static_cast<int>(f.next());
+  a.kind = static_cast<int>(f.next()), a.ft = static_cast<int>(f.next());
+  a.levels = static_cast<int>(f.next()), a.active = static_cast<int>(f.next());
+  a.batch = f.next(), a.channels = f.next();
+  require(a.threads >= 1, "threads", a.threads, ">= 1");
+  require(a.kind >= 0 && a.kind <= 2, "kind", a.kind, "0, 1 or 2");
+  require(a.ft == 1 || a.ft == 2, "ft", a.ft, "1 or 2");
+  require(a.levels >= 1 && a.levels <= PYRAMID_LEVELS, "levels", a.levels, "between 1 and 4");
+  require(a.active >= 0 && a.active <= a.levels, "active", a.active, "between 0 and levels");
+  require(a.batch >= 1 && a.channels >= 1, "batch * channels", a.batch * a.channels, ">= 1");
+  require(static_cast<int>(scales.size()) == a.levels, "scales", static_cast<int64_t>(scales.size()), "one per level");
+  for (int s = 0; s < a.levels; ++s) {
+    LevelSize& z = a.size[s];
+    z.t = f.next(), z.h = f.next(), z.w = f.next();
+    require(z.t >= 1 && z.h >= 1 && z.w >= 1, "level size", least_of(z.t, z.h, z.w), ">= 1");
+    a.scale[s] = scales[s].cast<float>();
+  }
+  a.tile_t = f.next(), a.tile_y = f.next();
+  const int64_t present = f.next();
+  if (present & 1) a.volume = read_view(f);
+  for (int k = 0; k < 3; ++k)
+    for (int s = 0; s < a.levels && (present >> (k + 1) & 1); ++s) a.in[k][s] = read_view(f);
+  for (int k = 0; k < 3; ++k)
+    for (int s = 0; s < a.levels && (present >> (k + 4) & 1); ++s) a.out[k][s] = read_view(f);
+  a.table = f.pointer<const float>(), a.table_b = f.next(), a.table_s = f.next();
+  a.mask = f.pointer<const uint8_t>(), a.mask_b = f.next();
+  a.philox = static_cast<int>(f.next());
+  a.key0 = static_cast<uint32_t>(f.next()), a.key1 = static_cast<uint32_t>(f.next());
+  a.offset = static_cast<uint32_t>(f.next()), a.first_sample = static_cast<uint32_t>(f.next());
+  a.sums = f.pointer<double>();
+  f.done();
+  return a;
+}
+
+void run_pyramid(int which, const py::tuple& fields, const py::tuple& scales) {
+  const PyramidArgs a = read_pyramid(fields, scales);
+  int failed;
+  {
+    py::gil_scoped_release release;
+    failed = tier().pyramid[which](a);
+  }
+  if (failed) throw std::bad_alloc();
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -255,4 +328,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("grid_attention_backward", &grid_backward);
   m.def("merge_attention_forward", [](const py::tuple& t) { merge(false, t); });
   m.def("merge_attention_backward", [](const py::tuple& t) { merge(true, t); });
+  for (int i = 0; i < 15; ++i)
+    m.def(pyramid_names[i], [i](const py::tuple& fields, const py::tuple& scales) { run_pyramid(i, fields, scales); });
+  m.def("pyramid_loss_runs", [](const py::tuple& fields, const py::tuple& scales) {
+    return tier().pyramid_loss_runs(read_pyramid(fields, scales));
+  });
 }

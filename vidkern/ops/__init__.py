@@ -2,7 +2,10 @@
 
 import importlib
 
-ROOMS = ("grid_attention", "merge_attention")
+ROOMS = (
+    "grid_attention", "merge_attention", "pyramid_decompose", "pyramid_merge", "pyramid_flow_inputs", "pyramid_flow_loss",
+    "pyramid_flow_step", "pyramid_stage_inputs", "pyramid_stage_transition",
+)  # fmt: skip
 
 
 def load_all() -> None:
