@@ -3,7 +3,11 @@
 VIDKERN_REQUIRE is a comma list of parts. A named part that is missing stops the run before the first test, so that a green run
 without it is impossible.
 
-cpu  the compiled CPU kernels load, with a tier for every instruction set of this processor
+cpu               the compiled CPU kernels load, with a tier for every instruction set of this processor
+triton-interpret  Triton is there, so that tests/triton can run its kernels in the interpreter
+triton-aot        Triton brings the tools that compile and disassemble for GPUs without one
+diffusers         diffusers and what its models need
+scenes            PyBullet
 """
 
 import importlib
@@ -41,10 +45,58 @@ def missing_cpu() -> str | None:
     return f"this processor runs the tiers {', '.join(absent)}, which vidkern._cpu does not have" if absent else None
 
 
-PARTS = {"cpu": missing_cpu}
+def missing_modules(*names: str) -> str | None:
+    """Why not all of these modules can be imported, or None."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            return f"{name}: {error}"
+    return None
+
+
+def missing_tools() -> str | None:
+    """Why Triton cannot compile for a GPU that is not here, or None."""
+    if reason := missing_modules("triton"):
+        return reason
+    tools = Path(importlib.import_module("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    return next((f"{tools / name} does not exist" for name in ("ptxas", "cuobjdump") if not (tools / name).exists()), None)
+
+
+PARTS = {
+    "cpu": missing_cpu,
+    "triton-interpret": lambda: missing_modules("triton"),
+    "triton-aot": missing_tools,
+    "diffusers": lambda: missing_modules("diffusers", "transformers", "peft"),
+    "scenes": lambda: missing_modules("pybullet", "pybullet_data"),
+}
+
+
+def interpret_like_hardware() -> None:
+    """Triton's interpreter makes bfloat16 of float32 by dropping bits, where GPUs round to nearest, ties to even; and its products
+    are as exact as numpy's BLAS sums, which is not what the accuracy rule asks about: they are summed in float64."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    before = interpreter._convert_float
+
+    def convert(data, source, target, rounding):
+        pair = (str(source), str(target))
+        if pair == ("fp32", "bf16"):
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        if pair == ("bf16", "fp32"):
+            return data.astype(np.uint32) << 16
+        return before(data, source, target, rounding)
+
+    def dot(self, a, b, d, *precision):
+        total = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + d.data
+        return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
+
+    interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 def pytest_configure(config):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpret_like_hardware()
     for name in filter(None, (part.strip() for part in os.environ.get("VIDKERN_REQUIRE", "").split(","))):
         if name not in PARTS:
             raise pytest.UsageError(f"VIDKERN_REQUIRE: unknown part {name!r}, expected {', '.join(PARTS)}")

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,19 @@ import torch
 from vidkern import compiled
 
 from . import checks
+from .rooms import ROOMS
 
 try:
     import tomllib
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-EXPECTED = tomllib.loads(Path(__file__).with_name("expected_matrix.toml").read_text())
-TIERS = EXPECTED.pop("tiers")
+MATRIX = tomllib.loads(Path(__file__).with_name("expected_matrix.toml").read_text())
+TIERS = MATRIX.pop("tiers")
+# Triton's interpreter is a switch of the whole process: with it these tests run the Triton backends, without it all others.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EXPECTED = {op: {b: d for b, d in rows.items() if (b == "triton") == INTERPRETED} for op, rows in MATRIX.items()}
+EXPECTED = {op: rows for op, rows in EXPECTED.items() if rows}
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +36,43 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_blocks():
+    """In the interpreter every operation costs the same, however large: few tiles, but several even of the small samples, of both
+    kinds. tests/triton/interpreted.py runs the shipped block sizes."""
+    with contextlib.ExitStack() as stack:
+        if INTERPRETED:
+            from vidkern.ops.grid_attention import configs
+
+            for kind in configs.KINDS:
+                stack.enter_context(configs.forced(kind, configs.Config(64, 32, 16, 4, 1)))
+        yield
+
+
 def backend_runs(op: str) -> list[tuple[str, str]]:
     """(backend, tier) pairs of an op: the cpu backend once per tier of this processor."""
     module = compiled.cpu()
     tiers = module.isas() if module else ["missing"]
     return [(b, t) for b in EXPECTED[op] for t in (tiers if b == "cpu" else [""])]
+
+
+def samples(op, backend):
+    """The reference is the plain form itself: a few samples show that its low-precision path is wired right. The interpreter
+    takes seconds per head, so there is one of them per key/value head."""
+    if backend == "reference":
+        return ROOMS[op].samples[:3]
+    return [interpretable(s) for s in ROOMS[op].samples] if INTERPRETED else ROOMS[op].samples
+
+
+def interpretable(sample):
+    """The sample with as few samples and heads as keep what it shows."""
+    if not hasattr(sample, "kv_heads"):
+        return sample
+    masked = sample.with_valid or sample.with_kv_len or sample.with_text_len
+    return replace(
+        sample, batch=min(sample.batch, 2 if masked else 1), heads=sample.heads // sample.kv_heads, kv_heads=1,
+        frame_len=min(sample.frame_len, 300 // sample.frames.n_frames),
+    )
 
 
 @pytest.fixture

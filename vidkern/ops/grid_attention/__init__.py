@@ -12,7 +12,7 @@ import math
 import torch
 
 from ... import registry
-from ..launch import cpu_why_not, fill, unit_stride
+from ..launch import cpu_why_not, fill, triton_why_not, unit_stride
 from . import cost, reference
 from .patterns import PARTS, FramePattern, GridPattern, grid_key
 
@@ -109,6 +109,26 @@ def _cpu_why_not(q, *rest) -> str | None:
     return cpu_why_not(q)
 
 
+@functools.lru_cache(maxsize=1)
+def _triton():
+    """The launchers of the Triton kernels, imported at first use."""
+    from . import triton
+
+    return triton
+
+
+def _triton_forward(*args, **kwargs):
+    _triton().forward(*args, **kwargs)
+
+
+def _triton_backward(*args, **kwargs):
+    _triton().backward(*args, **kwargs)
+
+
+def _triton_why_not(q, *rest) -> str | None:
+    return triton_why_not(q)
+
+
 def _reference_forward(*args, out, lse, **kwargs):
     fill((out, lse), reference.forward(*args, **kwargs))
 
@@ -171,6 +191,11 @@ OP = registry.Op(
     allocate=_allocate,
     backends=(
         registry.Backend("cpu", _cpu_why_not, _run_with(_cpu_forward), _run_backward_with(_cpu_backward)),
+        registry.Backend(
+            "triton", _triton_why_not, _run_with(_triton_forward), _run_backward_with(_triton_backward),
+            description="Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on",
+            trust="warn", sources=("ops/grid_attention/triton.py",),
+        ),
         registry.Backend(
             "reference", lambda *args: None, _run_with(_reference_forward), _run_backward_with(_reference_backward)
         ),
@@ -347,8 +372,8 @@ def grid_attention(
     tokens before or after them. Frame length N follows from L.
 
     Args:
-        q: [B, Hq, L, D], or [B, L, Hq, D] for ``layout="blhd"``; float32 or bfloat16 (other floating dtypes run on the
-            reference). Any strides; a last stride other than 1 costs one copy. D: a multiple of 8 up to 256.
+        q: [B, Hq, L, D], or [B, L, Hq, D] for ``layout="blhd"``; float32 or bfloat16, on GPUs also float16 (other floating
+            dtypes run on the reference). Any strides; a last stride other than 1 costs one copy. D: a multiple of 8 up to 256.
         k, v: the same with Hkv heads, where Hkv divides Hq (grouped-query attention).
         grid: (V, T), the number of views and times.
         layout: ``"bhld"`` or ``"blhd"`` (what a fused QKV projection gives); neither is copied.
@@ -368,8 +393,8 @@ def grid_attention(
         scale: factor on the logits; default ``1 / sqrt(D)``.
         return_lse: also return the log-sum-exp, e.g. for :func:`merge_attention`.
         deterministic: ask for a bitwise reproducible backward; None follows
-            ``torch.use_deterministic_algorithms``. The CPU backend always is.
-        impl: backend by name (``"cpu"``, ``"reference"``); None follows :func:`vidkern.use`, by default the first that can.
+            ``torch.use_deterministic_algorithms``. The CPU and Triton backends always are.
+        impl: backend by name (``"cpu"``, ``"triton"``, ``"reference"``); None follows :func:`vidkern.use`, by default the first that can.
 
     Returns:
         out, shaped, laid out and typed like q; with ``return_lse`` the pair (out, lse), where lse is the natural-log
