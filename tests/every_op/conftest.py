@@ -61,11 +61,30 @@ def samples(op, backend):
     takes seconds per head, so there is one of them per key/value head."""
     if backend == "reference":
         return ROOMS[op].samples[:3]
-    return [interpretable(s) for s in ROOMS[op].samples] if INTERPRETED else ROOMS[op].samples
+    if not INTERPRETED:
+        return ROOMS[op].samples
+    chosen = PYRAMIDS_INTERPRETED.get(op)
+    return [interpretable(s) for s in ROOMS[op].samples if chosen is None or s.name in chosen]
+
+
+# What the interpreter runs of the pyramid ops: every kernel once. tests/triton/pyramid_interpreted.py adds filters, factors and masks.
+PYRAMIDS_INTERPRETED = {
+    "pyramid_decompose": ("haar", "dct"),
+    "pyramid_merge": ("image", "wide"),
+    "pyramid_flow_inputs": ("image", "image_wide_masked_tokens"),
+    "pyramid_flow_loss": ("spacetime_masked_tokens",),
+    "pyramid_flow_step": ("image_merge", "video_active1to2_tokens_zero"),
+    "pyramid_stage_inputs": ("video_stage0", "odd_stage1_given_noise"),
+    "pyramid_stage_transition": ("image",),
+}
 
 
 def interpretable(sample):
     """The sample with as few samples and heads as keep what it shows."""
+    if hasattr(sample, "pyramid"):
+        # The mask differs from sample to sample.
+        keep = getattr(sample, "masked", False)
+        return sample if keep else replace(sample, pyramid=replace(sample.pyramid, batch=1))
     if not hasattr(sample, "kv_heads"):
         return sample
     masked = sample.with_valid or sample.with_kv_len or sample.with_text_len

@@ -11,12 +11,17 @@ from .conftest import EXPECTED, INTERPRETED, MATRIX, TIERS, backend_runs, sample
 from .rooms import ROOMS, room
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES_HERE = list(DTYPES)
 CASES = [
-    pytest.param(op, backend, tier, dtype, sample, id=f"{op}-{backend}{'-' + tier if tier else ''}-{dtype}-{sample.name}")
+    pytest.param(
+        op, backend, tier, dtype, sample, id=f"{op}-{backend}{'-' + tier if tier else ''}-{dtype}-{sample.name}",
+        # The interpreter's share of the default run: each sample in one of two dtypes.
+        marks=[pytest.mark.slow] * (INTERPRETED and DTYPES_HERE.index(dtype) != i % 2),
+    )
     for op in EXPECTED
     for backend, tier in backend_runs(op)
     for dtype in EXPECTED[op][backend]
-    for sample in samples(op, backend)
+    for i, sample in enumerate(samples(op, backend))
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import registry
-from ..launch import cpu_why_not, unit_stride
+from ..launch import TRITON_DTYPES, cpu_why_not, triton_why_not, unit_stride
 
 
 def unit(parts):
@@ -30,9 +30,33 @@ def math_dtype(t: torch.Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def backends(why_not, cpu_run, cpu_backward, reference_run, reference_backward):
-    """The two backends of every pyramid op."""
+def _triton_why_not(*args) -> str | None:
+    """Why the Triton kernels cannot serve these arguments of an op: all its floating-point tensors, and dtypes asked for."""
+    for arg in args:
+        for part in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(part, torch.Tensor) and part.is_floating_point() and (reason := triton_why_not(part)):
+                return reason
+            if isinstance(part, torch.dtype) and part not in TRITON_DTYPES:
+                return f"dtype is {part}, it serves {', '.join(str(d) for d in TRITON_DTYPES)}"
+    return None
+
+
+def _triton(name: str):
+    def run(outputs, *args):
+        from . import triton
+
+        getattr(triton, name)(outputs, *args)
+
+    return run
+
+
+def backends(why_not, cpu_run, cpu_backward, reference_run, reference_backward, *, triton: str):
+    """The backends of a pyramid op. ``triton`` names its launcher in triton.py; that of the backward is called ``<triton>_backward``."""
     return (
         registry.Backend("cpu", why_not, cpu_run, cpu_backward),
+        registry.Backend(
+            "triton", _triton_why_not, _triton(triton), _triton(f"{triton}_backward"),
+            "Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on", "warn", ("ops/pyramid/triton.py",),
+        ),
         registry.Backend("reference", lambda *args: None, reference_run, reference_backward),
-    )
+    )  # fmt: skip

@@ -59,20 +59,30 @@ def clamp(i, n):
 
 
 @triton.jit
-def block_sum(X, c, t, y, x, x_c, x_t, x_y, mask, Q: tl.constexpr, QT: tl.constexpr):
-    """Sum of the block of QT x Q x Q values at block position (t, y, x) of channel c; all of one shape [n]."""
+def block_sum(X, c, t, y, x, x_c, x_t, x_y, mask, Q: tl.constexpr, QT: tl.constexpr, RUN: tl.constexpr, EVEN: tl.constexpr):
+    """Sum of the block of QT x Q x Q values at block position (t, y, x) of channel c; all of one shape [n].
+
+    RUN: single values (Q = 1) come in such runs. EVEN: blocks begin at even offsets.
+    """
     at = c * x_c + (t * QT) * x_t + (y * Q) * x_y + x * Q
+    # Hints have to stand where the offsets are made.
     if Q == 1:
-        return grab(X, at, mask)
-    columns = at[:, None] + tl.arange(0, Q)[None, :]
-    total = grab(X, columns, mask[:, None])
-    if QT * Q <= 4:
-        for i in tl.static_range(1, QT * Q):
-            total += grab(X, columns + (i % QT * x_t + i // QT * x_y), mask[:, None])
+        if RUN > 1:
+            at = tl.max_contiguous(tl.multiple_of(at, RUN), RUN)
+        total = grab(X, at, mask)
     else:
-        for i in range(1, QT * Q):
-            total += grab(X, columns + (i % QT * x_t + i // QT * x_y), mask[:, None])
-    return tl.sum(total, 1)
+        if EVEN:
+            at = tl.multiple_of(at, 2)
+        columns = at[:, None] + tl.arange(0, Q)[None, :]
+        rows = grab(X, columns, mask[:, None])
+        if QT * Q <= 4:
+            for i in tl.static_range(1, QT * Q):
+                rows += grab(X, columns + (i % QT * x_t + i // QT * x_y), mask[:, None])
+        else:
+            for i in range(1, QT * Q):
+                rows += grab(X, columns + (i % QT * x_t + i // QT * x_y), mask[:, None])
+        total = tl.sum(rows, 1)
+    return total
 
 
 @triton.jit
@@ -84,9 +94,3 @@ def quarter_way(near, far):
 def interleave(even, odd):
     """Values of even and of odd positions as one run."""
     return tl.reshape(tl.join(even, odd), [2 * even.shape[0]])
-
-
-@triton.jit
-def four_taps(a, b, c, d):
-    """The adjoint of interpolating along an axis."""
-    return 0.75 * (b + c) + 0.25 * (a + d)

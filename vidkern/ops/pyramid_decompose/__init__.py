@@ -49,7 +49,9 @@ OP = registry.Op(
     "pyramid_decompose",
     "(Tensor x, SymInt[] sizes, str kind, bool pool_time, float[] scale, str impl) -> Tensor",
     allocate=_allocate,
-    backends=backends.backends(lambda x, *rest: backends.why_not_any(x), _cpu, _cpu_backward, _reference, _reference_backward),
+    backends=backends.backends(
+        lambda x, *rest: backends.why_not_any(x), _cpu, _cpu_backward, _reference, _reference_backward, triton="decompose"
+    ),
     gradient=registry.Gradient(
         schema="(Tensor grad, SymInt[] sizes, str kind, bool pool_time, float[] scale, str impl) -> Tensor",
         allocate=_allocate_backward,

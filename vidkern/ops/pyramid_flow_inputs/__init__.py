@@ -150,7 +150,7 @@ OP = registry.Op(
     "pyramid_flow_inputs",
     f"(Tensor[] x, Tensor table, Tensor? mask, Tensor[] noise, {_SCHEMA} -> (Tensor z, Tensor v)",
     allocate=_allocate,
-    backends=backends.backends(_cpu_why_not, _cpu, _cpu_backward, _reference, _reference_backward),
+    backends=backends.backends(_cpu_why_not, _cpu, _cpu_backward, _reference, _reference_backward, triton="flow_inputs"),
     gradient=registry.Gradient(
         schema="(Tensor? dz, Tensor? dv, Tensor table, Tensor? mask, ScalarType x_dtype, SymInt[] sizes, bool given, int active, "
         "str kind, bool pool_time, float[] scale, SymInt[] patch, bool zero, str impl) -> Tensor",

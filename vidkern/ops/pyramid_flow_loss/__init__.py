@@ -107,7 +107,8 @@ OP = registry.Op(
     " -> (Tensor loss, Tensor means)",
     allocate=_allocate,
     backends=backends.backends(
-        lambda pred, target, *rest: backends.why_not_any(*pred, *target), _cpu, _cpu_backward, _reference, _reference_backward
+        lambda pred, target, *rest: backends.why_not_any(*pred, *target), _cpu, _cpu_backward, _reference, _reference_backward,
+        triton="flow_loss",
     ),
     gradient=registry.Gradient(
         schema="(Tensor? dloss, Tensor? dmeans, Tensor[] pred, Tensor[] target, Tensor? mask, SymInt[] sizes, int active, "

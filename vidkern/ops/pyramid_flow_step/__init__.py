@@ -159,7 +159,7 @@ OP = registry.Op(
     f"(Tensor[] z, Tensor[] cond, Tensor[] uncond, {_SCHEMA}str kind, bool pool_time, float[] scale, ScalarType dtype, "
     "SymInt[] patch, bool zero, bool merge, str impl) -> (Tensor state, Tensor model_input)",
     allocate=_allocate,
-    backends=backends.backends(_cpu_why_not, _cpu, _cpu_backward, _reference, _reference_backward),
+    backends=backends.backends(_cpu_why_not, _cpu, _cpu_backward, _reference, _reference_backward, triton="flow_step"),
     gradient=registry.Gradient(
         schema=f"(Tensor? dstate, Tensor? dinput, {_SCHEMA}bool guided, str kind, bool pool_time, float[] scale, ScalarType z_dtype, "
         "ScalarType v_dtype, SymInt[] patch, bool zero, bool merge, str impl) -> (Tensor dz, Tensor dcond, Tensor duncond)",

@@ -49,7 +49,7 @@ OP = registry.Op(
     "(Tensor[] parts, SymInt[] sizes, str kind, bool pool_time, float[] scale, str impl) -> Tensor",
     allocate=_allocate,
     backends=backends.backends(
-        lambda parts, *rest: backends.why_not_any(*parts), _cpu, _cpu_backward, _reference, _reference_backward
+        lambda parts, *rest: backends.why_not_any(*parts), _cpu, _cpu_backward, _reference, _reference_backward, triton="merge"
     ),
     gradient=registry.Gradient(
         schema="(Tensor grad, SymInt[] sizes, str kind, bool pool_time, float[] scale, str impl) -> Tensor",

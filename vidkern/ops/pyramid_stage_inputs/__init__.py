@@ -77,7 +77,7 @@ OP = registry.Op(
     "(Tensor x, Tensor? noise, Tensor table, SymInt[] sizes, int stage, int seed, int offset, int first_sample, ScalarType dtype, "
     "str impl) -> (Tensor z, Tensor v)",
     allocate=_allocate,
-    backends=backends.backends(_cpu_why_not, _cpu, _cpu_backward, _reference, _reference_backward),
+    backends=backends.backends(_cpu_why_not, _cpu, _cpu_backward, _reference, _reference_backward, triton="stage_inputs"),
     gradient=registry.Gradient(
         schema="(Tensor? dz, Tensor? dv, Tensor table, ScalarType x_dtype, SymInt[] sizes, int stage, str impl) -> Tensor",
         allocate=_allocate_backward,

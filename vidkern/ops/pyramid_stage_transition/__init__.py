@@ -53,7 +53,8 @@ OP = registry.Op(
     "(Tensor z, Tensor? noise, Tensor table, SymInt[] sizes, int level, int seed, int offset, int first_sample, str impl) -> Tensor",
     allocate=_allocate,
     backends=backends.backends(
-        lambda z, noise, *rest: backends.why_not_any(z, noise), _cpu, _cpu_backward, _reference, _reference_backward
+        lambda z, noise, *rest: backends.why_not_any(z, noise), _cpu, _cpu_backward, _reference, _reference_backward,
+        triton="stage_transition",
     ),
     gradient=registry.Gradient(
         schema="(Tensor grad, Tensor table, SymInt[] sizes, str impl) -> Tensor",
