@@ -207,16 +207,18 @@ def main(argv=None) -> int:
 
 
 def fault_of(case: Case, row: dict) -> str | None:
-    """Which limit a row of the record breaks: it compiles, fits the shared memory, spills nothing up to 128 dims, and multiplies
-    16-bit inputs with matrix instructions, wgmma on sm_90."""
+    """Which limit a row of the record breaks: it compiles, fits the shared memory, keeps its registers up to 128 dims (16-bit
+    inputs spill nothing, 16 bytes with masks; float32, which no tensor core multiplies, 32), prefetches, and multiplies 16-bit
+    inputs with matrix instructions, wgmma on sm_90."""
     if "error" in row:
         return row["error"]
     built = Built(**row)
     limit = configs.shared_memory(divmod(case.architecture, 10))
     if built.shared > limit:
         return f"{built.shared} bytes of shared memory, expected at most {limit}"
-    if built.spilled and case.dim <= 128:
-        return f"{built.spilled} bytes spilled, expected none"
+    allowed = 32 if case.dtype == "fp32" else 16 if case.has_live else 0
+    if case.dim <= 128 and built.spilled > allowed:
+        return f"{built.spilled} bytes spilled, expected at most {allowed}"
     if case.dtype == "bf16" and not any(name.endswith("MMA") for name in built.instructions):
         return "no matrix instruction, expected some for 16-bit inputs"
     deep = case.config.stages > 2 and configs.ahead(configs.family(divmod(case.architecture, 10)))

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from . import limits, machine
 from .gpu_job import Job
 
@@ -25,7 +27,12 @@ def query(fields=QUERY) -> dict[str, str]:
     """What nvidia-smi says of the current device; {} where there is no nvidia-smi or it fails."""
     if shutil.which("nvidia-smi") is None:
         return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    # nvidia-smi counts all cards, CUDA those that CUDA_VISIBLE_DEVICES leaves.
+    card = "0"
+    if torch.cuda.is_available():
+        uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+        card = f"GPU-{uuid}" if uuid else card
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={card}"]
     done = subprocess.run(command, capture_output=True, text=True)
     values = [v.strip() for v in done.stdout.strip().split("\n")[0].split(",")]
     return dict(zip(fields, values)) if done.returncode == 0 and len(values) == len(fields) else {}

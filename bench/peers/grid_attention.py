@@ -106,11 +106,14 @@ def _flex(block: int):
         mask = make(visible, None, None, s.length, s.length, device=str(p.device), BLOCK_SIZE=block)
         # A compiled flex_attention that meets an earlier failure runs unfused, 20 times slower, and only warns.
         compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        # Its own tiles are up to 128 wide and have to divide the mask's blocks.
+        tiles = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
+        options = dict.fromkeys(tiles, block) if block < 128 and p.device.type == "cuda" else None
 
         def run(q, k, v):
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*flex_attention called without torch.compile.*")
-                return compiled(q, k, v, block_mask=mask)
+                return compiled(q, k, v, block_mask=mask, kernel_options=options)
 
         return run
 
@@ -136,7 +139,13 @@ def _dense_backward(grad, q, k, v, out, lse, rest):
     )
 
 
-def _three_dense(p: Problem):
+def _cudnn_forward(q, k, v):
+    """The same by cuDNN, which is the fastest dense attention that torch itself has on Hopper."""
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return out, lse.reshape(out.shape[:3]), ()
+
+
+def three_dense(p: Problem, dense_forward=_dense_forward):
     """Inclusion and exclusion: same view + same time - own frame, each dense, merged by log-sum-exp.
 
     The backward hands each dense backward the merged output and log-sum-exp: its probabilities are then the right ones,
@@ -165,7 +174,7 @@ def _three_dense(p: Problem):
     class ThreeDense(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v):
-            done = [_dense_forward(*(to(x) for x in (q, k, v))) for to, _, _ in parts]
+            done = [dense_forward(*(to(x) for x in (q, k, v))) for to, _, _ in parts]
             lses = [back(lse) for (_, lse, _), (_, back, _) in zip(done, parts)]
             top = torch.maximum(lses[0], lses[1])
             weights = [sign * torch.exp(lse - top) for lse, (_, _, sign) in zip(lses, parts)]
@@ -297,11 +306,15 @@ PEERS = (
     COMPILED,
     Peer("FlexAttention, block 128", _flex(128), backward=_cuda_only, memory=_flex_memory, compiles=True),
     Peer("FlexAttention, block 64", _flex(64), devices=("cuda",), memory=_flex_memory, compiles=True),
-    Peer("three dense calls merged", _three_dense, memory=_three_memory),
+    Peer("three dense calls merged", three_dense, memory=_three_memory),
+    Peer(
+        "three dense calls merged, cuDNN", lambda p: three_dense(p, _cudnn_forward), devices=("cuda",), dtypes=("bfloat16", "float16"),
+        backward=lambda device: False, memory=_three_memory,
+    ),
     ZENTORCH,
 )
 FLEX = ("FlexAttention, block 128", "FlexAttention, block 64")
-THREE = ("three dense calls merged",)
+THREE = ("three dense calls merged", "three dense calls merged, cuDNN")
 
 
 def _no_square(s: GridShape) -> int:

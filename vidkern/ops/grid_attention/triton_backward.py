@@ -33,10 +33,10 @@ def delta_kernel(
     delta = tl.zeros([BLOCK_M], tl.float32)
     if HAS_DOUT:
         mask = inside[:, None] & (dims[None, :] < D)
-        g_base = DOUT + batch * (stride_gb * UNIT) + head * (stride_gh * UNIT)
-        g_ptr = g_base + row_at[:, None] * (stride_gl * UNIT) + dims[None, :]
-        o_base = OUT + batch * (stride_ob * UNIT) + head * (stride_oh * UNIT)
-        o_ptr = o_base + row_at[:, None] * (stride_ol * UNIT) + dims[None, :]
+        g_base = DOUT + batch * stride_gb * UNIT + head * stride_gh * UNIT
+        g_ptr = g_base + row_at[:, None] * stride_gl * UNIT + dims[None, :]
+        o_base = OUT + batch * stride_ob * UNIT + head * stride_oh * UNIT
+        o_ptr = o_base + row_at[:, None] * stride_ol * UNIT + dims[None, :]
         g = tl.load(g_ptr, mask=mask, other=0.0)
         o = tl.load(o_ptr, mask=mask, other=0.0)
         delta += tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
@@ -75,20 +75,20 @@ def dq_kernel(
     in_dim = dims < D
     row_at = rows.to(tl.int64) if WIDE else rows
     block = inside[:, None] & in_dim[None, :]
-    q_base = Q + batch * (stride_qb * UNIT) + head * (stride_qh * UNIT)
-    q_ptr = q_base + row_at[:, None] * (stride_ql * UNIT) + dims[None, :]
+    q_base = Q + batch * stride_qb * UNIT + head * stride_qh * UNIT
+    q_ptr = q_base + row_at[:, None] * stride_ql * UNIT + dims[None, :]
     q = tl.load(q_ptr, mask=block, other=0.0)
     if HAS_DOUT:
-        g_base = DOUT + batch * (stride_gb * UNIT) + head * (stride_gh * UNIT)
-        g_ptr = g_base + row_at[:, None] * (stride_gl * UNIT) + dims[None, :]
+        g_base = DOUT + batch * stride_gb * UNIT + head * stride_gh * UNIT
+        g_ptr = g_base + row_at[:, None] * stride_gl * UNIT + dims[None, :]
         g = tl.load(g_ptr, mask=block, other=0.0)
     lse_ptr = LSE + batch * stride_sb + head * stride_sh + rows.to(tl.int64) * stride_sl
     lse = tl.load(lse_ptr, mask=inside, other=float("-inf"))
     # exp2(s - inf) = 0 for rows that see nothing.
     lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     delta = tl.load(DELTA + (batch * heads + head) * length + rows, mask=inside, other=0.0)
-    k_base = K + batch * (stride_kb * UNIT) + (head // group) * (stride_kh * UNIT)
-    v_base = V + batch * (stride_vb * UNIT) + (head // group) * (stride_vh * UNIT)
+    k_base = K + batch * stride_kb * UNIT + (head // group) * stride_kh * UNIT
+    v_base = V + batch * stride_vb * UNIT + (head // group) * stride_vh * UNIT
     if HAS_LIVE:
         live_base = LIVE + batch * stride_live
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -99,8 +99,8 @@ def dq_kernel(
         if AHEAD:
             column = tl.load(main + i + 1)
         column_at = columns.to(tl.int64) if WIDE else columns
-        k_ptr = k_base + column_at[:, None] * (stride_kl * UNIT) + dims[None, :]
-        v_ptr = v_base + column_at[None, :] * (stride_vl * UNIT) + dims[:, None]
+        k_ptr = k_base + column_at[:, None] * stride_kl * UNIT + dims[None, :]
+        v_ptr = v_base + column_at[None, :] * stride_vl * UNIT + dims[:, None]
         if HAS_LIVE:
             live = (tl.load(live_base + columns) & 1) != 0
             k = tl.load(k_ptr, mask=live[:, None] & in_dim[None, :], other=0.0)
@@ -133,7 +133,7 @@ def dq_kernel(
         if HAS_LIVE:
             seen = seen & ((tl.load(live_base + columns, mask=seen, other=0) & 1) != 0)
         k = tl.load(
-            k_base + column_at[:, None] * (stride_kl * UNIT) + dims[None, :], mask=seen[:, None] & in_dim[None, :], other=0.0
+            k_base + column_at[:, None] * stride_kl * UNIT + dims[None, :], mask=seen[:, None] & in_dim[None, :], other=0.0
         )
         visible = seen[None, :]
         if STRADDLE:
@@ -142,7 +142,7 @@ def dq_kernel(
         p = tl.exp2(tl.dot(q.to(DOT), tl.trans(k).to(DOT), input_precision=IEEE) * scale_log2 - lse_log2[:, None])
         if HAS_DOUT:
             v = tl.load(
-                v_base + column_at[None, :] * (stride_vl * UNIT) + dims[:, None], mask=seen[None, :] & in_dim[:, None], other=0.0
+                v_base + column_at[None, :] * stride_vl * UNIT + dims[:, None], mask=seen[None, :] & in_dim[:, None], other=0.0
             )
             ds = p * (tl.dot(g.to(DOT), v.to(DOT), input_precision=IEEE) - delta[:, None])
         else:
@@ -157,7 +157,7 @@ def dq_kernel(
     # The query of a row that sees nothing may hold anything.
     acc = tl.where((lse == float("-inf"))[:, None], 0.0, acc * scale)
     tl.store(
-        DQ + batch * (stride_ub * UNIT) + head * (stride_uh * UNIT) + row_at[:, None] * (stride_ul * UNIT) + dims[None, :],
+        DQ + batch * stride_ub * UNIT + head * stride_uh * UNIT + row_at[:, None] * stride_ul * UNIT + dims[None, :],
         acc.to(DQ.dtype.element_ty), mask=block,
     )
 
@@ -193,10 +193,10 @@ def dkv_kernel(
     in_dim = dims < D
     row_at = rows.to(tl.int64) if WIDE else rows
     block = inside[:, None] & in_dim[None, :]
-    k_base = K + batch * (stride_kb * UNIT) + kv_head * (stride_kh * UNIT)
-    k_ptr = k_base + row_at[:, None] * (stride_kl * UNIT) + dims[None, :]
-    v_base = V + batch * (stride_vb * UNIT) + kv_head * (stride_vh * UNIT)
-    v_ptr = v_base + row_at[:, None] * (stride_vl * UNIT) + dims[None, :]
+    k_base = K + batch * stride_kb * UNIT + kv_head * stride_kh * UNIT
+    k_ptr = k_base + row_at[:, None] * stride_kl * UNIT + dims[None, :]
+    v_base = V + batch * stride_vb * UNIT + kv_head * stride_vh * UNIT
+    v_ptr = v_base + row_at[:, None] * stride_vl * UNIT + dims[None, :]
     k = tl.load(k_ptr, mask=block, other=0.0)
     v = tl.load(v_ptr, mask=block, other=0.0)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -204,9 +204,9 @@ def dkv_kernel(
 
     for member in range(group):
         head = kv_head * group + member
-        q_base = Q + batch * (stride_qb * UNIT) + head * (stride_qh * UNIT)
+        q_base = Q + batch * stride_qb * UNIT + head * stride_qh * UNIT
         if HAS_DOUT:
-            g_base = DOUT + batch * (stride_gb * UNIT) + head * (stride_gh * UNIT)
+            g_base = DOUT + batch * stride_gb * UNIT + head * stride_gh * UNIT
         lse_base = LSE + batch * stride_sb + head * stride_sh
         delta_base = DELTA + (batch * kv_heads * group + head) * length
         column = tl.load(main)
@@ -217,7 +217,7 @@ def dkv_kernel(
             column_at = columns.to(tl.int64) if WIDE else columns
             lse = tl.load(lse_base + columns.to(tl.int64) * stride_sl)
             delta = tl.load(delta_base + columns)
-            q_ptr = q_base + column_at[:, None] * (stride_ql * UNIT) + dims[None, :]
+            q_ptr = q_base + column_at[:, None] * stride_ql * UNIT + dims[None, :]
             if HAS_LIVE:
                 # Queries and gradients of rows that see nothing may hold anything.
                 alive = lse != float("-inf")
@@ -231,7 +231,7 @@ def dkv_kernel(
                     q = tl.load(q_ptr, mask=in_dim[None, :], other=0.0)
             p = tl.exp2(tl.dot(k.to(DOT), tl.trans(q).to(DOT), input_precision=IEEE) * scale_log2 - lse_log2[None, :])
             if HAS_DOUT:
-                g_ptr = g_base + column_at[:, None] * (stride_gl * UNIT) + dims[None, :]
+                g_ptr = g_base + column_at[:, None] * stride_gl * UNIT + dims[None, :]
                 if HAS_LIVE:
                     g = tl.load(g_ptr, mask=alive[:, None] & in_dim[None, :], other=0.0)
                 elif D == BLOCK_D:
@@ -257,14 +257,14 @@ def dkv_kernel(
                 seen = seen & (lse != float("-inf"))
             lse_log2 = tl.where(seen, lse * 1.4426950408889634, float("inf"))
             there = seen[:, None] & in_dim[None, :]
-            q = tl.load(q_base + column_at[:, None] * (stride_ql * UNIT) + dims[None, :], mask=there, other=0.0)
+            q = tl.load(q_base + column_at[:, None] * stride_ql * UNIT + dims[None, :], mask=there, other=0.0)
             # P is 0 beyond the segment's end, where the lse was set to infinity.
             p = tl.exp2(tl.dot(k.to(DOT), tl.trans(q).to(DOT), input_precision=IEEE) * scale_log2 - lse_log2[None, :])
             if STRADDLE:
                 sees = ((rows >= tl.load(edge + i * 4 + 2)) & (rows < tl.load(edge + i * 4 + 3)))[:, None]
                 p = tl.where(sees, p, 0.0)
             if HAS_DOUT:
-                g = tl.load(g_base + column_at[:, None] * (stride_gl * UNIT) + dims[None, :], mask=there, other=0.0)
+                g = tl.load(g_base + column_at[:, None] * stride_gl * UNIT + dims[None, :], mask=there, other=0.0)
                 if STRADDLE:
                     dv += tl.where(sees, tl.dot(p.to(g.dtype).to(DOT), g.to(DOT), input_precision=IEEE), 0.0)
                 else:
@@ -285,10 +285,10 @@ def dkv_kernel(
         dv = tl.where(inside[:, None], dv, 0.0)
     block = (rows < row_end)[:, None] & in_dim[None, :]
     tl.store(
-        DK + batch * (stride_ub * UNIT) + kv_head * (stride_uh * UNIT) + row_at[:, None] * (stride_ul * UNIT) + dims[None, :],
+        DK + batch * stride_ub * UNIT + kv_head * stride_uh * UNIT + row_at[:, None] * stride_ul * UNIT + dims[None, :],
         (dk * scale).to(DK.dtype.element_ty), mask=block,
     )
     tl.store(
-        DV + batch * (stride_wb * UNIT) + kv_head * (stride_wh * UNIT) + row_at[:, None] * (stride_wl * UNIT) + dims[None, :],
+        DV + batch * stride_wb * UNIT + kv_head * stride_wh * UNIT + row_at[:, None] * stride_wl * UNIT + dims[None, :],
         dv.to(DV.dtype.element_ty), mask=block,
     )

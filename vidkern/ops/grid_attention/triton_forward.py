@@ -57,7 +57,8 @@ def forward_kernel(
 
     NEGATIVE: the scale is below 0, so the largest logit is at the smallest product. STRADDLE: a tile may hold rows of
     several frames, of which an edge tile may concern some. WIDE: offsets within a head need 64 bits. UNIT: what the strides
-    of q, k, v and out were divided by, so that the compiler knows how they are aligned. AHEAD: read a tile's column a step
+    of q, k, v and out were divided by, so that the compiler knows how they are aligned; always the last factor, since a stride
+    alone may leave 32 bits. AHEAD: read a tile's column a step
     early, because loads that wait for an index in their own step are not prefetched; Triton's pass for sm_100 fails on it.
     """
     pid = tl.program_id(0)
@@ -78,11 +79,11 @@ def forward_kernel(
     # The columns past the head dim are loaded as zeros; where there are none the compiler drops the masks.
     in_dim = dims < D
     q = tl.load(
-        Q + batch * (stride_qb * UNIT) + head * (stride_qh * UNIT) + row_at[:, None] * (stride_ql * UNIT) + dims[None, :],
+        Q + batch * stride_qb * UNIT + head * stride_qh * UNIT + row_at[:, None] * stride_ql * UNIT + dims[None, :],
         mask=inside[:, None] & in_dim[None, :], other=0.0,
     )
-    k_base = K + batch * (stride_kb * UNIT) + (head // group) * (stride_kh * UNIT)
-    v_base = V + batch * (stride_vb * UNIT) + (head // group) * (stride_vh * UNIT)
+    k_base = K + batch * stride_kb * UNIT + (head // group) * stride_kh * UNIT
+    v_base = V + batch * stride_vb * UNIT + (head // group) * stride_vh * UNIT
     if HAS_LIVE:
         live_base = LIVE + batch * stride_live
 
@@ -96,8 +97,8 @@ def forward_kernel(
         if AHEAD:
             column = tl.load(main + i + 1)
         column_at = columns.to(tl.int64) if WIDE else columns
-        k_ptr = k_base + column_at[None, :] * (stride_kl * UNIT) + dims[:, None]
-        v_ptr = v_base + column_at[:, None] * (stride_vl * UNIT) + dims[None, :]
+        k_ptr = k_base + column_at[None, :] * stride_kl * UNIT + dims[:, None]
+        v_ptr = v_base + column_at[:, None] * stride_vl * UNIT + dims[None, :]
         if D == BLOCK_D:
             k = tl.load(k_ptr)
         else:
@@ -132,12 +133,12 @@ def forward_kernel(
         column_at = columns.to(tl.int64) if WIDE else columns
         seen = columns < tl.load(edge + i * 4 + 1)
         k = tl.load(
-            k_base + column_at[None, :] * (stride_kl * UNIT) + dims[:, None], mask=seen[None, :] & in_dim[:, None], other=0.0
+            k_base + column_at[None, :] * stride_kl * UNIT + dims[:, None], mask=seen[None, :] & in_dim[:, None], other=0.0
         )
         if HAS_LIVE:
             seen = seen & ((tl.load(live_base + columns, mask=seen, other=0) & 1) != 0)
         v = tl.load(
-            v_base + column_at[:, None] * (stride_vl * UNIT) + dims[None, :], mask=seen[:, None] & in_dim[None, :], other=0.0
+            v_base + column_at[:, None] * stride_vl * UNIT + dims[None, :], mask=seen[:, None] & in_dim[None, :], other=0.0
         )
         visible = seen[None, :]
         if STRADDLE:
@@ -166,6 +167,6 @@ def forward_kernel(
     out = tl.where(empty[:, None], 0.0, acc / total[:, None])
     tl.store(LSE + batch * stride_sb + head * stride_sh + rows.to(tl.int64) * stride_sl, lse, mask=inside)
     tl.store(
-        OUT + batch * (stride_ob * UNIT) + head * (stride_oh * UNIT) + row_at[:, None] * (stride_ol * UNIT) + dims[None, :],
+        OUT + batch * stride_ob * UNIT + head * stride_oh * UNIT + row_at[:, None] * stride_ol * UNIT + dims[None, :],
         out.to(OUT.dtype.element_ty), mask=inside[:, None] & in_dim[None, :],
     )
