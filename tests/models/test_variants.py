@@ -2,7 +2,7 @@
 
 Where the properties of 4Real-Video-V2 are tested: the op (masks, symmetries, merging, dead cells, gradients) in every_op/; positions in
 test_rope; one view is the base model, references, 11B in test_four_real; flow in test_flow; homographies in data/test_views; data mix, static
-scenes, latents in test_mix; what training separates in test_compare; variants, the literal mask, receptive fields and counts here.
+scenes, latents in test_mix; what training separates in test_toy and test_compare; variants, the literal mask, receptive fields and counts here.
 """
 
 import dataclasses
