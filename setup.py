@@ -327,6 +327,7 @@ setup(
         "vidkern": ["py.typed"],
         "vidkern.data": ["assets/*"],
         "vidkern.bench": ["results/**/*"],
+        "vidkern.models.dfm": ["records/*.json"],
         "vidkern.models.four_real": ["records/*.json"],
         "vidkern.csrc": ["**/*"],
     },

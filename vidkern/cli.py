@@ -10,7 +10,7 @@ import vidkern
 from vidkern.errors import UserError, missing_extra
 
 # Each module has run(args) -> int | None and, where it takes options, add_arguments(parser).
-DEMOS = {"four-real": "vidkern.models.four_real.demo"}
+DEMOS = {"four-real": "vidkern.models.four_real.demo", "dfm": "vidkern.models.dfm.demo"}
 COMMANDS = {"bench": "vidkern.bench.cli", "verify": "vidkern.verify.command"}
 HELP = {
     "info": "what is installed, what was built, which backend each op chooses and why",

@@ -5,7 +5,7 @@ from types import ModuleType
 
 # Which extra of `pip install "vidkern[...]"` brings a module that the core install does not have.
 EXTRA_OF = {
-    **dict.fromkeys(("av", "matplotlib", "PIL", "tqdm"), "demo"),
+    **dict.fromkeys(("av", "matplotlib", "PIL", "sklearn", "tqdm"), "demo"),
     **dict.fromkeys(("pytest", "pytest_benchmark"), "bench"),
     **dict.fromkeys(("accelerate", "diffusers", "peft", "safetensors", "transformers"), "diffusers"),
     **dict.fromkeys(("pybullet", "pybullet_data"), "scenes"),

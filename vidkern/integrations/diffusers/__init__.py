@@ -1,4 +1,4 @@
-"""diffusers video transformers on vidkern's attention: ``enable_vidkern(transformer, pattern=...)``.
+"""diffusers transformers on vidkern: its attention (``enable_vidkern(transformer, pattern=...)``), and models made of them.
 
 Importing this package does not import diffusers.
 """
@@ -12,6 +12,10 @@ _HOMES = {
     "enable_vidkern": "enable",
     "FourRealTransformer": "four_real",
     "four_real_from_diffusers": "four_real",
+    "DFMTransformer": "dfm",
+    "dfm_from_diffusers": "dfm",
+    "DFMFlowMatchEulerScheduler": "dfm_scheduler",
+    "DFMSchedulerOutput": "dfm_scheduler",
 }
 __all__ = sorted(_HOMES)
 
