@@ -51,10 +51,12 @@ def counting(sample: Sample, dtype, backend: str, device="cpu") -> None:
     v = onehot.expand(sample.batch, sample.kv_heads, -1, -1).clone().requires_grad_()
     out, lse = sample.call(q, k, v, device=device, return_lse=True, impl=backend)
     eps = torch.finfo(torch.float32).eps
+    # A GPU's logarithm is an approximation, and its products add in the order of the hardware.
+    gpu = torch.device(device).type == "cuda"
     want = total.log()[frame].expand_as(lse)
     require(torch.equal(torch.isneginf(want), torch.isneginf(lse)), f"{where}: lse: empty rows differ")
     error = (finite(lse.double()) - finite(want)).abs()
-    right = (error <= 4 * eps * finite(want).abs().clamp_min(1)).all()
+    right = (error <= (4 if gpu else 2) * eps * finite(want).abs().clamp_min(1)).all()
     require(right, f"{where}: lse: off log(count) by {error.max():.3e}")
     share = torch.where(total[:, None] > 0, counts / total[:, None].clamp_min(1), 0)
     want = torch.zeros(f, d, dtype=torch.float64, device=device)
@@ -70,7 +72,7 @@ def counting(sample: Sample, dtype, backend: str, device="cpu") -> None:
     want[:, :f] = torch.where(total[:, None] > 0, group * counts / total[:, None].clamp_min(1), 0).T
     error = (dv.double() - want[frame]).abs()
     # P is rounded to the inputs' dtype before the product, as in every flash backward.
-    right = (error <= (2 * ulp + (20 + n / 2) * eps) * want[frame]).all()
+    right = (error <= (2 * ulp + (20 + (n / 2 if gpu else 0)) * eps) * want[frame]).all()
     require(right, f"{where}: dv: per-frame counts off by {error.max():.3e}")
 
 
