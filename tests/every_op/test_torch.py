@@ -197,7 +197,7 @@ def test_flop_counter_equals_cost(op):
         assert forward == sample.flops > 0
         calls = recorded(op, None, sample)
         rule = registry.ops()[op].gradient.flops
-        assert counter.get_total_flops() - forward == rule(*calls[1][1]) > 0
+        assert counter.get_total_flops() - forward == rule(*calls[1][1]) > (0 if op.startswith("pyramid") else forward)
     assert cost.SAMPLES is r.samples
 
 
