@@ -26,6 +26,7 @@ from vidkern.errors import UserError, import_extra
 from ..shared.dit import BlockSpec, DiTConfig
 from ..shared.flow import RectifiedFlow
 from ..shared.metrics import psnr, ssim
+from ..shared.page import rounded, write_json
 from ..shared.train import TrainConfig, Trainer
 from . import cost
 from .baselines import baselines
@@ -221,6 +222,7 @@ class HeldOut:
 
 
 def train_config(settings, steps, seed):
+    """How every model of a comparison is trained."""
     return TrainConfig(steps=steps, lr=settings.lr, warmup=min(50, max(1, steps // 5)), ema=0.98, seed=seed)
 
 
@@ -286,20 +288,6 @@ def run_one(entry, flops, steps, seed, settings, source, base, held_out, bar):
               "training_flops": flops * steps, "zero_shot": curve[0][1], "error": curve[-1][1], "curve": curve, **scores,
               "cpu_seconds": time.process_time() - began}
     return rounded(record), shown
-
-
-def rounded(value):
-    """Floats to 5 significant digits, in nested lists and dicts."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
-
-
-def write_json(path, value):
-    with replacing(path) as fresh:
-        fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def check_folder(out, settings):

@@ -11,9 +11,9 @@ import torch
 from vidkern._files import replacing
 from vidkern.errors import import_extra
 
+from ..shared.page import STYLE, data_uri, write_json
 from . import pictures
-from .compare import ENTRIES, HeldOut, file_name, open_source, write_json
-from .report import STYLE, data_uri
+from .compare import ENTRIES, HeldOut, file_name, open_source
 
 BUDGETS = {
     "parameters": "Equal trained parameters, equal steps",

@@ -11,16 +11,15 @@ import math
 import platform
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 import vidkern
-from vidkern._files import replacing
 from vidkern.data import bundled_clip
 from vidkern.errors import UserError
 
 from ..shared.metrics import psnr, ssim
+from ..shared.page import prepare_folder
 from ..shared.train import Interrupted, TrainConfig, Trainer
 from . import config, report
 from .baselines import baselines
@@ -140,19 +139,6 @@ def open_source(settings):
     pools = [Pool.render(settings.scene, count, views=4, times=8, size=size, split=split, step=step)
              for split, count in (("train", settings.scenes), ("held_out", settings.held_out_grids))]
     return SceneSource(*pools, name=settings.scene), 1 / step
-
-
-def prepare_folder(path):
-    """Make the output folder and prove that it can be written, before any work is done."""
-    out = Path(path)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / "write-test") as fresh:
-            fresh.touch()
-        (out / "write-test").unlink()
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror or error}), expected a folder to write into") from error
-    return out
 
 
 def check_device(name):

@@ -1,6 +1,5 @@
 """What a demo run leaves behind: grid.png, grid.mp4, metrics.json and a report.html that needs no other file."""
 
-import base64
 import html
 import json
 
@@ -9,26 +8,8 @@ import torch
 from vidkern._files import replacing
 from vidkern.data import write_video
 
+from ..shared.page import STYLE, data_uri, write_json
 from . import pictures
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; background: #f6f8fa; margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 28px; line-height: 1.25; margin: 0 0 4px; } h2 { font-size: 20px; margin: 40px 0 8px; }
-p { max-width: 75ch; margin: 8px 0; } .muted { color: #59636e; font-size: 14px; }
-.verdict { background: #fff; border-left: 5px solid #dc6d28; padding: 14px 20px; margin: 20px 0; font-size: 18px; }
-.cards { display: flex; gap: 16px; flex-wrap: wrap; margin: 20px 0; }
-.card { background: #fff; border: 1px solid #d1d9e0; border-radius: 8px; padding: 12px 20px; flex: 1; min-width: 150px; }
-.card b { display: block; font-size: 26px; } .card span { color: #59636e; font-size: 14px; }
-table { border-collapse: collapse; background: #fff; margin: 12px 0; font-size: 15px; }
-td, th { border: 1px solid #d1d9e0; padding: 5px 12px; text-align: right; } th { background: #f0f3f6; font-weight: 600; }
-td:first-child, th:first-child { text-align: left; } tr.us td { background: #fff3e8; font-weight: 600; }
-td.note { text-align: left; color: #59636e; }
-img, video, svg { max-width: 100%; background: #fff; border: 1px solid #d1d9e0; border-radius: 6px; }
-pre { background: #fff; border: 1px solid #d1d9e0; border-radius: 6px; padding: 12px; overflow-x: auto; font-size: 13px; white-space: pre-wrap; }
-.side { display: flex; gap: 32px; flex-wrap: wrap; align-items: flex-start; }
-"""
 
 BASELINE_TEXT = {
     "nearest": "the reference cell closest in the grid",
@@ -58,8 +39,7 @@ def write(out, result, metrics, fps):
         sheet.quantize(160, dither=0).save(fresh, optimize=True)
     movie = pictures.playing(model, truth, blend, mask)
     write_video(out / "grid.mp4", movie.repeat_interleave(2, 0).repeat(4, 1, 1, 1), 2 * min(fps, 6.0))
-    with replacing(out / "metrics.json") as fresh:
-        fresh.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out / "metrics.json", metrics)
     with replacing(out / "report.html") as fresh:
         fresh.write_text(page(out, metrics), encoding="utf-8")
 
@@ -170,10 +150,6 @@ def _minutes(seconds):
 
 def _unseen(m):
     return sum(cell is not None for row in m["psnr_per_cell"]["model"] for cell in row)
-
-
-def data_uri(path, kind):
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _scores(m):

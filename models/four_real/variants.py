@@ -193,6 +193,8 @@ class ParallelDiT(VideoDiT):
 
 
 class HardParallelDiT(ParallelDiT):
+    """Two streams that are mixed into one after every block (:class:`HardSync`)."""
+
     sync_type = HardSync
 
 

@@ -1,9 +1,11 @@
-"""What the demos' reports share: the style of a page, embedded pictures, JSON files, rounding."""
+"""What the demos' reports share: the style of a page, embedded pictures, JSON files, rounding, the folder they go to."""
 
 import base64
 import json
+from pathlib import Path
 
 from vidkern._files import replacing
+from vidkern.errors import UserError
 
 STYLE = """
 :root { color-scheme: light; }
@@ -12,11 +14,16 @@ main { max-width: 1080px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 28px; line-height: 1.25; margin: 0 0 4px; } h2 { font-size: 20px; margin: 40px 0 8px; }
 p { max-width: 75ch; margin: 8px 0; } .muted { color: #59636e; font-size: 14px; }
 .verdict { background: #fff; border-left: 5px solid #dc6d28; padding: 14px 20px; margin: 20px 0; font-size: 18px; }
+.cards { display: flex; gap: 16px; flex-wrap: wrap; margin: 20px 0; }
+.card { background: #fff; border: 1px solid #d1d9e0; border-radius: 8px; padding: 12px 20px; flex: 1; min-width: 150px; }
+.card b { display: block; font-size: 26px; } .card span { color: #59636e; font-size: 14px; }
 table { border-collapse: collapse; background: #fff; margin: 12px 0; font-size: 15px; }
 td, th { border: 1px solid #d1d9e0; padding: 5px 12px; text-align: right; } th { background: #f0f3f6; font-weight: 600; }
 td:first-child, th:first-child { text-align: left; } tr.us td { background: #fff3e8; font-weight: 600; }
-img { max-width: 100%; background: #fff; border: 1px solid #d1d9e0; border-radius: 6px; }
+td.note { text-align: left; color: #59636e; }
+img, video, svg { max-width: 100%; background: #fff; border: 1px solid #d1d9e0; border-radius: 6px; }
 pre { background: #fff; border: 1px solid #d1d9e0; border-radius: 6px; padding: 12px; overflow-x: auto; font-size: 13px; white-space: pre-wrap; }
+.side { display: flex; gap: 32px; flex-wrap: wrap; align-items: flex-start; }
 """
 
 
@@ -38,3 +45,16 @@ def write_json(path, value):
     """Write a JSON file; it is whole or absent."""
     with replacing(path) as fresh:
         fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def prepare_folder(path):
+    """Make the output folder and prove that it can be written, before any work is done."""
+    out = Path(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(out / "write-test") as fresh:
+            fresh.touch()
+        (out / "write-test").unlink()
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror or error}), expected a folder to write into") from error
+    return out
