@@ -36,28 +36,33 @@ class Texture:
 
 
 def checker(texture: Texture, u: Tensor) -> Tensor:
+    """Solid checker, mix [n] of the two colours at u [3, n]; so the patterns below."""
     # cos is ±1 on the faces of a box (u = ±1) at whole frequencies, so a face never lies on an edge of the pattern
     x, y, z = (math.pi * texture.frequency * u).cos()
     return (0.5 + EDGE * x * y * z).clamp(0, 1)
 
 
 def ground_checker(texture: Texture, u: Tensor) -> Tensor:
+    """Checker of the plane z = 0, shifted at random."""
     x, y, _ = (math.pi * texture.frequency * u + texture.phases.to(u)[0]).cos()
     return (0.5 + EDGE * x * y).clamp(0, 1)
 
 
 def stripes(texture: Texture, u: Tensor) -> Tensor:
+    """Waves along one random direction, with narrow edges."""
     along = texture.directions.to(u)[0] @ u
     return (0.5 + EDGE / 3 * (math.pi * texture.frequency * along + texture.phases.to(u)[0]).sin()).clamp(0, 1)
 
 
 def noise(texture: Texture, u: Tensor) -> Tensor:
+    """Smooth noise."""
     # Plane waves in random directions: smooth everywhere, and without a lattice
     waves = (math.pi * texture.frequency * (texture.directions.to(u) @ u) + texture.phases.to(u)[:, None]).sin()
     return (0.5 + 0.9 * waves.mean(0)).clamp(0, 1)
 
 
 def plain(texture: Texture, u: Tensor) -> Tensor:
+    """The first colour everywhere."""
     return torch.zeros_like(u[0])
 
 

@@ -57,6 +57,7 @@ def hit_sphere(origin: Tensor, direction: Tensor, half: Tensor) -> Tensor:
 
 
 def hit_box(origin: Tensor, direction: Tensor, half: Tensor) -> Tensor:
+    """As :func:`hit_sphere`, for a box with half extents ``half`` [3]."""
     # A ray parallel to a slab divides by 0 and gets ±inf, which is right; 0 / 0 only where it starts exactly on a face.
     first, last = (-half[:, None] - origin) / direction, (half[:, None] - origin) / direction
     enter, leave = torch.minimum(first, last).amax(-2), torch.maximum(first, last).amin(-2)
@@ -64,11 +65,13 @@ def hit_box(origin: Tensor, direction: Tensor, half: Tensor) -> Tensor:
 
 
 def hit_ground(origin: Tensor, direction: Tensor, half: Tensor) -> Tensor:
+    """As :func:`hit_sphere`, for the plane z = 0."""
     s = -origin[..., 2, :] / direction[..., 2, :]
     return s.masked_fill((s < NEAR) | s.isnan(), math.inf)
 
 
 def hit_sky(origin: Tensor, direction: Tensor, half: Tensor) -> Tensor:
+    """As :func:`hit_sphere`, for the inside of a sphere of radius ``half[0]`` around the origin."""
     a, b = (direction * direction).sum(-2), (origin * direction).sum(-2)
     c = (origin * origin).sum(-2) - half[0] ** 2
     return (-b + (b * b - a * c).sqrt()) / a

@@ -22,10 +22,12 @@ def per_token(table):
 
 
 def normed(norm, x):
+    """``norm(x)``; x where a module has no such norm."""
     return x if norm is None else norm(x)
 
 
 def refuse_mask(mask):
+    """ValueError for an attention mask: patterns take its place."""
     if mask is not None:
         raise ValueError(
             f"attention_mask: shape {tuple(mask.shape)}, expected None; say which frame sees which with pattern="
