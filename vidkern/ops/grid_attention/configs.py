@@ -27,7 +27,8 @@ class Config:
     """Tile rows, main and edge tile columns (of queries x keys; keys x queries for "dkv"), warps, pipeline stages.
 
     ``rate`` is the relative speed per score element, 1 for the best of its row of the table; ``straddle`` says whether it may run
-    tiles that cross from frame to frame, which take more registers.
+    tiles that cross from frame to frame, which take more registers; ``registers`` is how many a thread may take where the
+    assembler, left alone, spills in order to fit more blocks on a multiprocessor.
     """
 
     block_m: int
@@ -37,6 +38,7 @@ class Config:
     stages: int
     rate: float = 1.0
     straddle: bool = True
+    registers: int | None = None
 
 
 # Families of GPUs by what limits a configuration: 163 KB (sm_80, 87), 227 KB and wgmma (sm_90), 227 KB and tcgen05 (sm_100, 103,
@@ -53,6 +55,7 @@ _TABLE: dict[tuple[str, int], dict[int, dict[str, tuple[Config, ...]]]] = {
         64: {
             "any": (C(128, 64, 16, 8, 3), C(64, 64, 16, 4, 2, 0.85)),
             "hopper": (C(128, 128, 32, 8, 3), C(128, 64, 16, 8, 3, 0.95), C(64, 64, 16, 4, 3, 0.85)),
+            "small": (C(128, 64, 16, 8, 3), C(64, 64, 16, 4, 3, 0.85)),
         },
         128: {
             "any": (C(128, 64, 16, 8, 3), C(64, 64, 16, 4, 2, 0.85)),
@@ -78,6 +81,8 @@ _TABLE: dict[tuple[str, int], dict[int, dict[str, tuple[Config, ...]]]] = {
     ("dkv", 2): {
         64: {
             "any": (C(128, 32, 16, 8, 2),),
+            # Two blocks of four warps on a multiprocessor hide what one stage does not; a second stage spills with masks.
+            "ampere": (C(64, 32, 16, 4, 1),),
             "small": (C(64, 32, 16, 8, 2),),
             "hopper": (C(128, 64, 16, 8, 3), C(64, 64, 16, 8, 3, 0.85)),
         },
@@ -104,8 +109,8 @@ _TABLE: dict[tuple[str, int], dict[int, dict[str, tuple[Config, ...]]]] = {
         256: {"any": (C(16, 16, 16, 8, 1),)},
     },
     ("dkv", 4): {
-        64: {"any": (C(32, 16, 16, 8, 1),)},
-        128: {"any": (C(16, 16, 16, 8, 1),)},
+        64: {"any": (C(32, 16, 16, 8, 1, registers=128),)},
+        128: {"any": (C(16, 16, 16, 8, 1, registers=128),)},
         256: {"any": (C(16, 16, 16, 8, 1),)},
     },
 }

@@ -99,6 +99,7 @@ def _prepared(kind, shape, dim, dtype, device, forced):
         "D": dim, "BLOCK_D": configs.padded_dim(dim), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_E": config.block_edge, "STRADDLE": tiling.straddle, "AHEAD": configs.ahead(family),
         "DOT": tl.float32 if INTERPRETED else _DTYPES[dtype], "num_warps": config.warps, "num_stages": config.stages,
+        "maxnreg": config.registers,
     }
 
 
