@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 
 from ... import registry
-from ..launch import cpu_why_not, fill, unit_stride
+from ..launch import cpu_why_not, fill, triton_why_not, unit_stride
 from . import cost, reference
 
 __all__ = ["merge_attention"]
 
 _CPU_PARTS = 64
+_TRITON_PARTS, _TRITON_DIM = 8, 1024
 
 
 def _allocate(outs, lses, signs, token_major, impl):
@@ -68,6 +69,24 @@ def _cpu_why_not(outs, *rest) -> str | None:
     return cpu_why_not(outs[0])
 
 
+def _triton_forward(*args, **kwargs):
+    from . import triton
+
+    triton.forward(*args, **kwargs)
+
+
+def _triton_backward(*args, **kwargs):
+    from . import triton
+
+    triton.backward(*args, **kwargs)
+
+
+def _triton_why_not(outs, *rest) -> str | None:
+    if len(outs) > _TRITON_PARTS or outs[0].shape[3] > _TRITON_DIM:
+        return f"{len(outs)} parts of head_dim {outs[0].shape[3]}, it serves up to {_TRITON_PARTS} parts and {_TRITON_DIM} dims"
+    return triton_why_not(outs[0])
+
+
 def _reference_forward(*args, out, lse, **kwargs):
     fill((out, lse), reference.forward(*args, **kwargs))
 
@@ -110,6 +129,11 @@ OP = registry.Op(
     allocate=_allocate,
     backends=(
         registry.Backend("cpu", _cpu_why_not, _run_with(_cpu_forward), _run_backward_with(_cpu_backward)),
+        registry.Backend(
+            "triton", _triton_why_not, _run_with(_triton_forward), _run_backward_with(_triton_backward),
+            description="Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on",
+            trust="warn", sources=("ops/merge_attention/triton.py",),
+        ),
         registry.Backend(
             "reference", lambda *args: None, _run_with(_reference_forward), _run_backward_with(_reference_backward)
         ),
