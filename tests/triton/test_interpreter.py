@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,43 +12,57 @@ import pytest
 pytest.importorskip("triton")  # VIDKERN_REQUIRE=triton-interpret makes its absence an error
 pytestmark = pytest.mark.timeout(1500)  # each is a whole run of its own
 ROOT = Path(__file__).parents[2]
+EVERY_OP = "tests/every_op/"
+# name: (arguments of pytest, tests that must pass at least). The longest first: as many run at a time as there are processors.
+RUNS = {
+    "accuracy": ((EVERY_OP + "test_accuracy.py", "-k", "triton or matrix"), 32),
+    "properties": ((EVERY_OP + "test_grid_attention.py", EVERY_OP + "test_torch.py", "-k", "triton"), 10),
+    "memory": ((EVERY_OP + "test_memory.py", "-k", "triton"), 10),
+    # Every shipped configuration, at its own block sizes, within and across frames.
+    "configurations": (("tests/triton/interpreted.py",), 1),
+    # Noise exactly, values within 4 ulp of the reference, filters one by one, and what is masked is not read.
+    "pyramids": (("tests/triton/pyramid_interpreted.py",), 15),
+}
+# Every sample in every dtype, and what is marked slow.
+SLOW_RUNS = {"the rest": (("tests/every_op", "-m", "slow", "-k", "triton"), 50)}
 
 
-def run(*arguments):
-    """pytest in the interpreter's process; how many tests passed."""
+def run(arguments):
+    """pytest in the interpreter's process; (exit status, what it printed)."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "1200", *arguments]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "VIDKERN_REQUIRE": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    summary = done.stdout.strip().splitlines()[-1]
+    return done.returncode, done.stdout[-6000:] + done.stderr[-2000:], done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def results(request):
+    """{name: future of a run} of the tests that were chosen: each run takes one processor for minutes."""
+    chosen = [i.callspec.params["name"] for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run, (RUNS | SLOW_RUNS)[name][0]) for name in chosen}
+
+
+def check(result, at_least):
+    status, output, summary = result
+    assert status == 0, output
     assert "skipped" not in summary and "failed" not in summary, summary
-    return int(re.search(r"(\d+) passed", summary)[1])
+    assert int(re.search(r"(\d+) passed", summary)[1]) >= at_least
 
 
-@pytest.mark.parametrize(
-    "files, chosen, at_least",
-    [
-        (["test_accuracy.py"], "triton or matrix", 32),
-        (["test_memory.py"], "triton", 10),
-        (["test_grid_attention.py", "test_torch.py"], "triton", 10),
-    ],
-    ids=["accuracy", "memory", "properties"],
-)
-def test_every_op_test_in_the_interpreter(files, chosen, at_least):
-    assert run(*(f"tests/every_op/{f}" for f in files), "-k", chosen) >= at_least
+@pytest.mark.parametrize("name", RUNS)
+def test_in_the_interpreter(results, name):
+    check(results[name].result(), RUNS[name][1])
 
 
 @pytest.mark.slow
-def test_the_rest_of_the_every_op_test_in_the_interpreter():
-    """Every sample in every dtype, and what is marked slow."""
-    assert run("tests/every_op", "-m", "slow", "-k", "triton") >= 50
+@pytest.mark.parametrize("name", SLOW_RUNS)
+def test_the_rest_in_the_interpreter(results, name):
+    check(results[name].result(), SLOW_RUNS[name][1])
 
 
-def test_shipped_configurations_agree():
-    """Every shipped configuration, at its own block sizes, within and across frames."""
-    assert run("tests/triton/interpreted.py") >= 1
-
-
-def test_pyramids_to_the_last_bits():
-    """Noise exactly, values within 4 ulp of the reference, filters one by one, and what is masked is not read."""
-    assert run("tests/triton/pyramid_interpreted.py") >= 15
+def test_a_run_that_fails_is_seen():
+    check((0, "", "3 passed in 1s"), 3)
+    for wrong in ((1, "", "3 passed in 1s"), (0, "", "2 passed in 1s"), (0, "", "3 passed, 1 skipped in 1s")):
+        with pytest.raises(AssertionError):
+            check(wrong, 3)
