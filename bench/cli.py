@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer-path", action="append", default=[], metavar="DIR", help="also look for peers' packages here (repeatable)"
     )
-    parser.add_argument("--out", type=Path, default=None, help="folder of the records (default: bench/results, or the user's)")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the records (default: bench/results of a checkout; of an installed vidkern, and with --quick, a folder of the user's)")
     parser.add_argument(
         "--quick", action="store_true", help="a small shape, float32, forward, no peers that compile: some seconds"
     )
@@ -49,15 +49,18 @@ def run(args: argparse.Namespace) -> int:
     from . import peers, records
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    results = args.out or records.default_dir()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here, expected cpu")
+    for name in ("threads", "rounds"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name}: {getattr(args, name)}, expected at least 1")
+    results = args.out or (records.users_dir() if args.quick else records.default_dir())
     known = peers.names()
     ops = known if args.op is None else [_one_of("op", args.op, known)]
     if args.peers == "list":
         for op in ops:
             print(f"{op}: " + "; ".join(p.name for p in peers.load(op).peers))
         return 0
-    if args.rounds < 1:
-        raise UserError(f"--rounds: {args.rounds}, expected at least 1")
     failed = 0
     for op in ops:
         measured = []
@@ -107,7 +110,7 @@ def blocks(args: argparse.Namespace, op: str, device: str) -> list:
 
 def _one_of(argument: str, value: str, known) -> str:
     if value not in known:
-        raise UserError(f"{argument}: {value!r}, expected one of {', '.join(known)}")
+        raise UserError(f"{argument}: {value!r}, expected one of {('; ' if argument == '--peers' else ', ').join(known)}")
     return value
 
 

@@ -271,15 +271,15 @@ def run(job: Job, shapes: Sequence[str], tick: Callable[[str], None], say: Calla
             if block is None:
                 job.need(0.05 if job.dry else 75)
                 block = job.save(key, measure(job, name, mode, lambda what: tick(f"{name} {mode}: {what}")))
-                say(render(block))
+                say(render(block, judged=not job.dry))
             found.append(block)
             if job.device == "cuda":
                 torch.cuda.empty_cache()
     return found
 
 
-def render(block: dict) -> str:
-    """A block as a table, with the targets of its kind."""
+def render(block: dict, judged: bool = True) -> str:
+    """A block as a table; with the targets of its kind, which are GPUs' and say nothing of a dry run."""
     from .table import _number, align
 
     head = ("candidate", "ms", "TFLOP/s", "% ceiling", "time / ours", "peak MiB", "host us", "first call s")
@@ -299,7 +299,7 @@ def render(block: dict) -> str:
         f"({block['ceiling']['name']})",
         *align(lines),
         *(f"{r['name']}: {r['status']}: {r['reason']}" for r in block["rows"] if r["status"] != "timed"),
-        *(f"  {v}" for v in targets.evaluate_gpu(block)),
+        *((f"  {v}" for v in targets.evaluate_gpu(block)) if judged else ["  a dry run: nothing is judged"]),
     ]
     return "\n".join(text) + "\n"
 

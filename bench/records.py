@@ -23,8 +23,11 @@ FIELDS = (
 def default_dir() -> Path:
     """``bench/results`` of the checkout this runs from; for an installed vidkern, a folder of the user's."""
     root = machine.checkout()
-    if root is not None:
-        return root / "bench" / "results"
+    return users_dir() if root is None else root / "bench" / "results"
+
+
+def users_dir() -> Path:
+    """The user's own folder of measurements."""
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(data) / "vidkern" / "bench"
 

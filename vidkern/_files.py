@@ -1,9 +1,11 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, in folders that were tried before any work."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import UserError
 
 
 @contextlib.contextmanager
@@ -16,3 +18,16 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def prepare_folder(path: str | os.PathLike) -> Path:
+    """Make the output folder and prove that it can be written, before any work is done."""
+    out = Path(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(out / "write-test") as fresh:
+            fresh.touch()
+        (out / "write-test").unlink()
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror or error}), expected a folder to write into") from error
+    return out

@@ -10,7 +10,7 @@ import vidkern
 from vidkern.errors import UserError, missing_extra
 
 # Each module has run(args) -> int | None and, where it takes options, add_arguments(parser).
-DEMOS = {"four-real": "vidkern.models.four_real.demo", "dfm": "vidkern.models.dfm.demo"}
+DEMOS = {"four-real": "vidkern.models.four_real.demo", "dfm": "vidkern.models.dfm.demo", "mobile": "vidkern.models.mobile_dit.demo"}
 COMMANDS = {"bench": "vidkern.bench.cli", "verify": "vidkern.verify.command"}
 HELP = {
     "info": "what is installed, what was built, which backend each op chooses and why",
@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cure is None:
             raise
         return _fail(f"this command needs {error.name}, {cure}")
+    except ValueError as error:
+        # Named in the environment, met wherever the compiled part is loaded first.
+        if "VIDKERN_CPU_ISA" not in str(error):
+            raise
+        return _fail(error)
     except KeyboardInterrupt:
         print("\nvidkern: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -574,6 +574,8 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     Raises:
         ValueError, TypeError: the function's own checks failed, ``impl`` is unknown, or the function calls no vidkern op.
     """
+    if not callable(function):
+        raise TypeError(f"function: {function!r}, expected a public vidkern function, such as vidkern.grid_attention")
     before = getattr(_local, "explaining", None)
     _local.explaining = calls = []
     try:

@@ -94,6 +94,8 @@ def quoted(row):
 
 def verdict(record):
     """Plain sentences about fused against the others, drawn from the numbers alone."""
+    if "--quick" in record["command"].split():
+        return "This was a --quick run: it checks the plumbing, the models have learned next to nothing and the order says nothing."
     best_blend, blend = max(record["baselines_psnr"].items(), key=lambda item: item[1])
     said = []
     for budget, rows in summary(record).items():

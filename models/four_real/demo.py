@@ -15,11 +15,11 @@ import time
 import torch
 
 import vidkern
+from vidkern._files import prepare_folder
 from vidkern.data import bundled_clip
 from vidkern.errors import UserError
 
 from ..shared.metrics import psnr, ssim
-from ..shared.page import prepare_folder
 from ..shared.train import Interrupted, TrainConfig, Trainer
 from . import config, report
 from .baselines import baselines
@@ -70,11 +70,12 @@ def add_arguments(parser):
                         " toy: drifting textures); an interrupted comparison continues when the command is repeated")
     parser.add_argument("--seeds", type=int, help="with --compare: runs of each variant (default: 3)")
     parser.add_argument("--record", help="with --compare: write the record to this JSON file too")
-    parser.add_argument("--out", help="folder for the results (default: vidkern-demo, with --compare vidkern-compare)")
+    parser.add_argument("--out", help="folder for the results (default: vidkern-demo, with --compare vidkern-compare; then the name of"
+                        " --scene, and -quick)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"training steps (default: {DemoSettings.steps}); with --compare: fine-tuning steps")
     length.add_argument("--minutes", type=float, help="train for about this long instead; the number of steps is measured first")
-    length.add_argument("--quick", action="store_true", help="a check of the plumbing in about half a minute; the pictures mean nothing")
+    length.add_argument("--quick", action="store_true", help="a check of the plumbing in about a minute; the pictures mean nothing")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in the same folder")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, training grids and noise (default: %(default)s)")
@@ -86,10 +87,11 @@ def run(args):
     if args.compare:
         from . import compare_cli
 
-        return compare_cli.run(args, prepare_folder(args.out or FOLDERS[True]))
+        return compare_cli.run(args, prepare_folder(args.out or default_folder(args)))
     check_options(args)
-    out = prepare_folder(args.out or FOLDERS[False])
     device = check_device(args.device)
+    check_impl(args.impl, device)
+    out = prepare_folder(args.out or default_folder(args))
     saved = load_checkpoint(out / "checkpoint.pt") if args.resume else None
     settings = initial_settings(args, saved)
     source, fps = open_source(settings)
@@ -114,9 +116,25 @@ def run(args):
     result = evaluate(trainer.averaged.eval(), source, settings)
     metrics = summarise(result, settings, source, fps, trainer, explain(model, source, settings))
     report.write(out, result, metrics, fps)
-    print(report.headline(metrics))
+    print(("a --quick run, whose numbers mean nothing: " if report.is_quick(metrics) else "") + report.headline(metrics))
     print(f"report: {out / 'report.html'}")
     return 0
+
+
+def default_folder(args):
+    """A folder of its own for each kind of run, so that none replaces another's results."""
+    return "-".join([FOLDERS[args.compare], *([args.scene] if args.scene else []), *(["quick"] if args.quick else [])])
+
+
+def check_impl(name, device):
+    """UserError unless the attention backend `name` exists and serves this device."""
+    if name is None:
+        return
+    q = torch.zeros(1, 1, 4, 8, device=device)
+    try:
+        vidkern.grid_attention(q, q, q, grid=(2, 2), impl=name)
+    except (ValueError, vidkern.BackendUnavailable) as error:
+        raise UserError(f"--impl {name}: {error}") from error
 
 
 def check_options(args):
@@ -177,6 +195,11 @@ def initial_settings(args, saved):
     if args.minutes is not None and not 0 < args.minutes < math.inf:
         raise UserError(f"--minutes {args.minutes}: expected a positive number")
     known = {} if saved is None else saved.get("settings", {})
+    for name in ("video", "scene"):
+        given = getattr(args, name) or ""
+        if known.get(name, given) != given:
+            raise UserError(f"--resume: the first run had --{name} {known[name] or '(none)'}, this one has {given or '(none)'}; repeat its"
+                            " options, or start anew without --resume")
     settings = DemoSettings(steps=args.steps or known.get("steps", DemoSettings.steps), seed=args.seed, device=args.device,
                             impl=args.impl or "auto", video=str(args.video or ""), autocast=known.get("autocast", False),
                             scene=args.scene or "", scenes=DemoSettings.scenes if args.scene else 0, recipe=args.recipe)

@@ -1,11 +1,9 @@
-"""What the demos' reports share: the style of a page, embedded pictures, JSON files, rounding, the folder they go to."""
+"""What the demos' reports share: the style of a page, embedded pictures, JSON files, rounding, and the folder they go to."""
 
 import base64
 import json
-from pathlib import Path
 
-from vidkern._files import replacing
-from vidkern.errors import UserError
+from vidkern._files import prepare_folder, replacing  # noqa: F401  (prepare_folder: for the demos)
 
 STYLE = """
 :root { color-scheme: light; }
@@ -45,16 +43,3 @@ def write_json(path, value):
     """Write a JSON file; it is whole or absent."""
     with replacing(path) as fresh:
         fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def prepare_folder(path):
-    """Make the output folder and prove that it can be written, before any work is done."""
-    out = Path(path)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / "write-test") as fresh:
-            fresh.touch()
-        (out / "write-test").unlink()
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror or error}), expected a folder to write into") from error
-    return out

@@ -84,7 +84,7 @@ BAD = {
     "list range": (lambda: vidkern.FramePattern.from_lists([[0], [2]]), ValueError, "lists: query frame 1 names key frame 2, expected 0..1"),
     "list repeat": (lambda: vidkern.FramePattern.from_lists([[0, 0]]), ValueError, "lists: query frame 0 names key frame 0 twice"),
     "key": (lambda: vidkern.FramePattern.from_key("ring/3"), ValueError, "pattern: key 'ring/3'"),
-    "merge empty": (lambda: vidkern.merge_attention([], []), TypeError, "outs: list, expected a non-empty list"),
+    "merge empty": (lambda: vidkern.merge_attention([], []), TypeError, "outs: empty, expected a non-empty list"),
     "merge count": (lambda: vidkern.merge_attention(qkv()[:2], [torch.randn(1, 2, 24)]), ValueError, "lses: 1 of them, expected 2"),
     "merge shapes": (
         lambda: vidkern.merge_attention([qkv()[0], qkv(d=8)[0]], [torch.randn(1, 2, 24)] * 2), ValueError, r"outs\[1\]: shape",

@@ -351,7 +351,7 @@ def test_head_width(tiny):
 
 def test_enabling_twice_and_unknown_processors(tiny, masked):
     model, _ = tiny("wan")
-    with enable_vidkern(model), pytest.raises(TypeError, match="processor: VidkernAttnProcessor, expected one of WanAttnProcessor"):
+    with enable_vidkern(model), pytest.raises(TypeError, match="processor: VidkernAttnProcessor, expected a stock one: vidkern is enabled already"):
         enable_vidkern(model)
     masked(model.blocks[1].attn1, None)
     before = dict(model.attn_processors)

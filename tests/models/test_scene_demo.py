@@ -27,7 +27,7 @@ def test_a_scene_run_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "mixed in as in the paper" in page and "margin" in capsys.readouterr().out
     with pytest.raises(AssertionError):  # seeded: another scene's checkpoint must not be continued
         assert main([*command[:3], "orbit", *command[4:], "--resume"]) == 0
-    assert "checkpoint was made with scene='bounce', this run has 'orbit'" in capsys.readouterr().err
+    assert "--resume: the first run had --scene bounce, this one has orbit" in capsys.readouterr().err
 
 
 class Watched:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .. import about, registry, verified
+from .._files import prepare_folder
 from ..errors import UserError, import_extra
 from . import accuracy, probes, warm
 from .rooms import room
@@ -78,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
             f"--device: cuda, but torch {torch.__version__} finds no CUDA device on this machine; "
             "`vidkern verify --device cpu` verifies what runs on the CPU"
         )
+    if not args.minutes >= 0:
+        raise UserError(f"--minutes: {args.minutes}, expected at least 0")
+    out = prepare_folder(args.out or verified.cache_dir())
     seed = time.time_ns() % 10**9 if args.seed is None else args.seed
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
     print(f"verifying on {verified.device_class(device)}, seed {seed}", flush=True)
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"compiled kernels ahead in {seconds:.0f} s", flush=True)
     unable = verify(units, seed, args.minutes * 60)
     print("\n".join(table(units)))
-    for path in keep(units, device, seed, args.out or verified.cache_dir()):
+    for path in keep(units, device, seed, out):
         print(f"wrote {path}")
     if unable:
         print(f"stopped: {unable}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vidkern._files import replacing
 from vidkern.data.scenes.clip import SceneClip
+from vidkern.data.scenes.errors import SceneError
 from vidkern.data.scenes.textures import hsv_to_rgb
 from vidkern.errors import import_extra
 
@@ -50,8 +51,12 @@ def save_contact_sheet(clip: SceneClip, path: str | os.PathLike, *, scale: int =
         clip: of `render`. path: the file, replaced if there. scale: enlargement, a whole factor.
 
     Raises:
+        SceneError: the path does not end in .png, or its folder does not exist.
         MissingExtra: Pillow is not installed.
     """
+    path = Path(path)
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise SceneError(f"path={str(path)!r}: expected a .png file in a folder that exists")
     image, draw = import_extra("PIL.Image", "the contact sheet"), import_extra("PIL.ImageDraw", "the contact sheet")
     rows = [(f"view {v}: rgb over time", clip.rgb[v]) for v in range(clip.views)]
     rows += [("depth, every view at time 0", depth_colours(clip.depth[:, 0])), ("instances", id_colours(clip.ids[:, 0]))]
@@ -71,7 +76,6 @@ def save_contact_sheet(clip: SceneClip, path: str | os.PathLike, *, scale: int =
             pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
             tile = image.fromarray(pixels).resize((width - GAP, height - GAP), image.Resampling.NEAREST)
             sheet.paste(tile, (GAP + column * width, top + LABEL))
-    path = Path(path)
     with replacing(path) as fresh:
         sheet.save(fresh, format="PNG")
     return path

@@ -67,6 +67,8 @@ def render(
         raise SceneError(f"seed={seed}: expected less than 2^63")
     if not step > 0:
         raise SceneError(f"step={step!r}: expected a number of seconds above 0")
+    if rig is not None and not isinstance(rig, Rig):
+        raise SceneError(f"rig={rig!r}: expected a vidkern.data.scenes.Rig or None")
     size, rig = image_size(size), rig or Rig()
     generator = torch.Generator().manual_seed(seed)
     seconds = torch.arange(times, dtype=torch.float64) * step

@@ -135,6 +135,8 @@ class VidkernAttnProcessor:
 
     def __init__(self, stock, frames, *, impl=None):
         name = type(stock).__name__
+        if isinstance(stock, VidkernAttnProcessor):
+            raise TypeError("processor: VidkernAttnProcessor, expected a stock one: vidkern is enabled already, remove() that first")
         if name not in REPLACES:
             raise TypeError(f"processor: {name}, expected one of {', '.join(REPLACES)}")
         if getattr(stock, "_parallel_config", None) is not None:

@@ -165,7 +165,8 @@ def _check(outs, lses, layout) -> None:
         raise ValueError(f'layout: {layout!r}, expected "bhld" or "blhd"')
     for name, parts, dims in (("outs", outs, 4), ("lses", lses, 3)):
         if not isinstance(parts, (list, tuple)) or not parts:
-            raise TypeError(f"{name}: {type(parts).__name__}, expected a non-empty list of tensors")
+            what = "empty" if isinstance(parts, (list, tuple)) else type(parts).__name__
+            raise TypeError(f"{name}: {what}, expected a non-empty list of tensors")
         for i, t in enumerate(parts):
             if not isinstance(t, torch.Tensor):
                 raise TypeError(f"{name}[{i}]: {type(t).__name__}, expected a torch.Tensor")
