@@ -83,7 +83,7 @@ class ToySource:
 
 @dataclasses.dataclass(frozen=True)
 class ToySettings:
-    """Settings of the toy experiment. base_steps, steps: of the base model and of fine-tuning, both with `batch` samples, AdamW at `lr` after
+    """Settings of the toy experiment. base_steps, steps: of the base model and of fine-tuning, both with `batch` samples, AdamW (`betas`) at `lr` after
     `warmup` steps, then constant, no average of weights. held_out: grids (and clips) of the validation. `config()` is the network."""
 
     base_steps: int = 1200
@@ -91,6 +91,7 @@ class ToySettings:
     batch: int = 8
     lr: float = 1e-3
     warmup: int = 100
+    betas: tuple = (0.9, 0.999)
     held_out: int = 128
     contrast: tuple = (0.5, 1.0)
 
@@ -99,12 +100,11 @@ class ToySettings:
 
     @staticmethod
     def config():
-        """`config.tiny` without QK norms, fused: 66,560 attention parameters; velocity in plain pixels, plain output layer."""
-        fused = tiny()
-        return dataclasses.replace(fused, dit=dataclasses.replace(fused.dit, qk_norm="none"))
+        """`config.tiny`, fused: 66,688 attention parameters; velocity in plain pixels, plain output layer."""
+        return tiny()
 
     def training(self, steps, seed):
-        return TrainConfig(steps=steps, lr=self.lr, warmup=self.warmup, final_lr=1.0, ema=0.0, seed=seed)
+        return TrainConfig(steps=steps, lr=self.lr, warmup=self.warmup, final_lr=1.0, betas=self.betas, ema=0.0, seed=seed)
 
 
 # Variant and what of it trains: all self-attentions, or of the two streams their synchronisation alone.
