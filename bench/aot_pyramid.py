@@ -39,6 +39,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """What the report and tests call it."""
         flags = [n for n in ("pool_time", "tokens", "noise", "masked") if getattr(self, n)]
         return "-".join([self.op, *map(str, self.size), f"{self.levels}{self.kind}", _NAMES[self.dtype], *flags])
 
@@ -67,7 +68,10 @@ CASES = (
     Case("merge", (2, 3, 8, 64, 64), 4),
     Case("merge", (2, 3, 8, 64, 64), 4, "haar", True),
     Case("merge", (2, 3, 8, 64, 64), 2, "dct", True),
+    Case("merge", (2, 3, 8, 64, 64), 3, pool_time=True),
+    Case("decompose", (2, 3, 8, 64, 64), 3, pool_time=True),
     Case("decompose", (2, 3, 8, 64, 64), 4, pool_time=True),
+    Case("decompose", (2, 3, 8, 64, 64), 4),
     Case("stage_inputs", _VIDEO, 3),
     Case("stage_transition", (1, 16, 5, 18, 38)),
 )
@@ -75,8 +79,6 @@ CASES = (
 
 def _calls(case: Case) -> list[tuple[str, tuple]]:
     """The launchers of a case and their arguments, on the meta device: nothing here has memory."""
-    from vidkern.ops import pyramid_flow_inputs, pyramid_flow_step
-
     def empty(shape, dtype=case.dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -211,12 +213,14 @@ def build(case: Case, architecture: int) -> list[Built]:
 
 
 def rows(architectures=ARCHITECTURES, cases=CASES) -> Iterator[tuple[Case, int, list[Built]]]:
+    """(case, architecture, what it compiles to), one after the other."""
     for case in cases:
         for architecture in architectures:
             yield case, architecture, build(case, architecture)
 
 
 def main(argv=None) -> int:
+    """The command line; exit status 1 when anything spills."""
     parser = argparse.ArgumentParser(prog="python -m vidkern.bench.aot_pyramid", description=__doc__)
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, help="such as 80 90")
     args = parser.parse_args(argv)

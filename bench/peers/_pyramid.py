@@ -28,22 +28,27 @@ class PyramidShape:
     about: str = ""
 
     def facts(self) -> dict:
+        """For the record."""
         return asdict(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the volume."""
         return (self.batch, self.channels, *self.size)
 
     @property
     def sizes(self) -> list[int]:
+        """Flattened sizes as the ops take them."""
         return levels.sizes_of(torch.empty(self.shape, device="meta"), self.levels, "laplacian", False)
 
     @property
     def level_shapes(self) -> list[tuple[int, ...]]:
+        """[B, C, T, H, W] of every level."""
         return levels.shapes(self.sizes)
 
     @property
     def values(self) -> int:
+        """Of all levels."""
         return levels.numel(self.sizes)
 
 
@@ -72,6 +77,7 @@ def scaled(shape: PyramidShape, device: str) -> tuple[PyramidShape, str]:
 
 
 def flattened(result) -> list[torch.Tensor]:
+    """The tensors of a nested result, one list."""
     if isinstance(result, (list, tuple)):
         return [t for part in result for t in flattened(part)]
     return [result]
@@ -107,6 +113,7 @@ def careful_decompose(x, number):
 
 
 def forward_only(device: str) -> bool:
+    """For ``Peer.backward``."""
     return False
 
 

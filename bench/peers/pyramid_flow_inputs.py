@@ -16,6 +16,7 @@ from ._pyramid import GIVEN, SHAPES, PyramidShape, careful_decompose, decompose,
 
 
 def problem(shape: PyramidShape, dtype: torch.dtype, device: str) -> Problem:
+    """A volume, times, and noise where the shape says so."""
     generator = torch.Generator(device=device).manual_seed(0)
     draw = lambda size: torch.randn(size, generator=generator, device=device).to(dtype)
     x = draw(shape.shape)
@@ -89,6 +90,7 @@ def reference(p: Problem, mode: str) -> Reference:
 
 
 def work(s: PyramidShape, itemsize: int, mode: str) -> Work:
+    """The volume (and the noise, if given) read, two results written."""
     flops = cost.forward_flops(s.sizes, s.levels)
     return Work(flops, cost.forward_bytes(s.sizes, s.levels, itemsize, noise=s.noise == "given"))
 

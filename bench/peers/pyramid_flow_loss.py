@@ -13,6 +13,7 @@ from ._pyramid import SHAPES, PyramidShape, peer, scaled
 
 
 def problem(shape: PyramidShape, dtype: torch.dtype, device: str) -> Problem:
+    """Predictions, then targets."""
     generator = torch.Generator(device=device).manual_seed(0)
     tensors = [torch.randn(s, generator=generator, device=device).to(dtype) for _ in range(2) for s in shape.level_shapes]
     return Problem(shape, tuple(tensors), torch.ones((), dtype=torch.float32, device=device))
@@ -78,6 +79,7 @@ def _compiled(p: Problem):
 
 
 def reference(p: Problem, mode: str) -> Reference:
+    """Float64."""
     n = len(p.inputs) // 2
     leaves = [t.double().requires_grad_() for t in p.inputs[:n]]
     loss = sum(F.mse_loss(a, b.double()) for a, b in zip(leaves, p.inputs[n:]))
@@ -86,6 +88,7 @@ def reference(p: Problem, mode: str) -> Reference:
 
 
 def work(s: PyramidShape, itemsize: int, mode: str) -> Work:
+    """Both read; the backward reads them again and writes a gradient."""
     forward = Work(cost.forward_flops(s.sizes, s.levels), cost.forward_bytes(s.sizes, s.levels, itemsize))
     if mode == "fwd":
         return forward

@@ -52,14 +52,13 @@ def _plain(*tensors):
     return state, given
 
 
-def _table(p: Problem):
-    """Rows of a schedule's table, made before the first step."""
-    full = lambda value: torch.full((p.shape.levels,), value, device=p.device)
-    return {"dt": full(STEP), "guidance": full(GUIDANCE), "dtype": p.dtype}
+def _numbers(p: Problem):
+    """The step as plain numbers, which is what the peers have."""
+    return {"dt": STEP, "guidance": GUIDANCE, "dtype": p.dtype}
 
 
 def _ours(p: Problem):
-    table = _table(p)
+    table = _numbers(p)
 
     def run(*tensors):
         z, c, u = _thirds(tensors)
@@ -69,7 +68,7 @@ def _ours(p: Problem):
 
 
 def _kept(p: Problem):
-    table = _table(p)
+    table = _numbers(p)
     out = torch.zeros(p.shape.values, device=p.device), torch.zeros(p.shape.values, dtype=p.dtype, device=p.device)
 
     def run(*tensors):
@@ -81,7 +80,7 @@ def _kept(p: Problem):
 
 def _backend(p: Problem) -> str:
     z, c, u = _thirds(p.inputs)
-    return vidkern.explain(vidkern.pyramid_flow_step, list(z), list(c), list(u), **_table(p)).chosen
+    return vidkern.explain(vidkern.pyramid_flow_step, list(z), list(c), list(u), **_numbers(p)).chosen
 
 
 def _flat(result):
@@ -89,10 +88,12 @@ def _flat(result):
 
 
 def reference(p: Problem, mode: str) -> Reference:
+    """Float64."""
     return Reference([_flat(_plain(*(t.double() for t in p.inputs)))], _flat)
 
 
 def work(s: PyramidShape, itemsize: int, mode: str) -> Work:
+    """State and velocities read, state and next input written."""
     return Work(cost.forward_flops(s.sizes, s.levels, True), cost.forward_bytes(s.sizes, s.levels, 4, model_itemsize=itemsize))
 
 

@@ -37,7 +37,7 @@ struct PyramidArgs {
   float scale[PYRAMID_LEVELS];  // of each level's values
   int philox;                   // noise from the generator: else from in[1], or none
   uint32_t key0, key1, offset, first_sample;
-  double* sums;  // loss: one per run
+  float* loss;  // of the loss: where it goes; of its adjoint: its gradient, or null
 };
 
 // 0, or 1 when scratch memory could not be had.
@@ -51,7 +51,6 @@ struct PyramidArgs {
   int pyramid_mix_adjoint(const PyramidArgs&);           \
   int pyramid_step(const PyramidArgs&);                  \
   int pyramid_step_adjoint(const PyramidArgs&);          \
-  int64_t pyramid_loss_runs(const PyramidArgs&);         \
   int pyramid_loss(const PyramidArgs&);                  \
   int pyramid_loss_backward(const PyramidArgs&);         \
   int pyramid_stage(const PyramidArgs&);                 \

@@ -161,7 +161,8 @@ int pyramid_synthesis(const PyramidArgs& a) {
   });
 }
 
-// volume (a gradient) -> out[0] = scale g_s; with a table also out[1] = w (dt (scale g_s)) and out[2] = (1 - w) (dt (scale g_s)).
+// volume (a gradient) -> out[0] = scale g_s; with a table also out[1] = w (dt (scale g_s)) and out[2] = (1 - w) (dt (scale g_s)); without
+// out[2] there is no guidance, and w = 1.
 int pyramid_synthesis_adjoint(const PyramidArgs& a) {
   const Tiling2 tiling(a, budget(a));
   const int top = a.levels - 1;
@@ -186,7 +187,7 @@ int pyramid_synthesis_adjoint(const PyramidArgs& a) {
             w.apply.operator()<SET>(UP_T, w.box[s + 1], a.size[s + 1], t, y, width, nullptr, g.own_row(t, y));
       }
       const float* k = a.table ? coefficients(a, tile.b, s) : nullptr;
-      const float weight[3] = {1.f, k ? k[1] : 1.f, k ? 1.f - k[1] : 1.f};
+      const float weight[3] = {1.f, k && a.out[2][0].data ? k[1] : 1.f, k ? 1.f - k[1] : 1.f};
       for (int p = 0; p < 3; ++p) {
         const LevelView& view = a.out[p][s];
         if (!view.data) continue;

@@ -182,12 +182,12 @@ int pyramid_step(const PyramidArgs& a) {
   });
 }
 
-// in[0], in[1] = gradients of the state and of the next input: out[0] = their sum g, out[1] = w (dt g), out[2] = (1 - w) (dt g)
-// (without uncond the table says w = 1).
+// in[0], in[1] = gradients of the state and of the next input: out[0] = their sum g, out[1] = w (dt g), out[2] = (1 - w) (dt g); without
+// out[2] there is no guidance, and out[1] = dt g.
 int pyramid_step_adjoint(const PyramidArgs& a) {
   return each_run(a, a.levels, [&](const Run& r, int64_t) {
     const float* k = coefficients(a, r.b, r.s);
-    const float weight[3] = {1.f, k[1], 1.f - k[1]};
+    const float weight[3] = {1.f, a.out[2][0].data ? k[1] : 1.f, 1.f - k[1]};
     Buffer gs, sum, to;
     for (int64_t i = 0; i < r.n; i += CHUNK) {
       const int64_t n = least(CHUNK, r.n - i);
@@ -209,11 +209,12 @@ int pyramid_step_adjoint(const PyramidArgs& a) {
   });
 }
 
-int64_t pyramid_loss_runs(const PyramidArgs& a) { return Runs(a, a.active, true).count; }
-
-// in[0] = prediction, in[1] = target -> sums[run]; out of these, in order, the mean of every (sample, level) into
-// table[b * table_b + s] (written here). A masked level is not read; its mean is 0.
+// in[0] = prediction, in[1] = target -> a sum per run; out of these, in order, the mean of every (sample, level) into
+// table[b * table_b + s] (written here), and out of the means the loss. A masked level is not read; its mean is 0.
 int pyramid_loss(const PyramidArgs& a) {
+  const Runs runs(a, a.active, true);
+  double* sums = static_cast<double*>(malloc(static_cast<size_t>(runs.count) * sizeof(double)));
+  if (!sums) return 1;
   each_run(a, a.active, [&](const Run& r, int64_t index) {
     double total = 0;
     const LevelView &p = a.in[0][r.s], &q = a.in[1][r.s];
@@ -231,27 +232,32 @@ int pyramid_loss(const PyramidArgs& a) {
       for (int64_t j = whole; j < n; ++j) part += static_cast<double>(x[j] - y[j]) * (x[j] - y[j]);
       total += part;
     }
-    a.sums[index] = total;
+    sums[index] = total;
   }, true);
-  const Runs runs(a, a.active, true);
   float* means = const_cast<float*>(a.table);
+  double loss = 0;
   for (int64_t b = 0; b < a.batch; ++b)
     for (int s = 0; s < a.levels; ++s) {
       double total = 0;
       const LevelSize& z = a.size[s];
       for (int64_t i = 0; i < runs.per_sample[s < a.active ? s : 0] && s < a.active; ++i)
-        total += a.sums[runs.first[s] + b * runs.per_sample[s] + i];
-      means[b * a.table_b + s * a.table_s] = static_cast<float>(total / static_cast<double>(a.channels * z.t * z.h * z.w));
+        total += sums[runs.first[s] + b * runs.per_sample[s] + i];
+      const float mean = static_cast<float>(total / static_cast<double>(a.channels * z.t * z.h * z.w));
+      means[b * a.table_b + s * a.table_s] = mean, loss += mean;
     }
+  *a.loss = static_cast<float>(loss / static_cast<double>(a.batch));
+  free(sums);
   return 0;
 }
 
-// out[0] = table (prediction - target), zero where masked.
+// out[0] = 2 (dloss / B + dmean) / n (prediction - target), zero where masked; dloss in `loss`, dmean in `table`, either may be absent.
 int pyramid_loss_backward(const PyramidArgs& a) {
   return each_run(a, a.levels, [&](const Run& r, int64_t) {
     const LevelView &p = a.in[0][r.s], &q = a.in[1][r.s], &out = a.out[0][r.s];
     const bool masked = is_masked(a, r.b, r.s);
-    const F16 factor = set1(coefficients(a, r.b, r.s)[0]);
+    const LevelSize& size = a.size[r.s];
+    const float share = (a.loss ? *a.loss / static_cast<float>(a.batch) : 0.f) + (a.table ? *coefficients(a, r.b, r.s) : 0.f);
+    const F16 factor = set1(2 * share / static_cast<float>(a.channels * size.t * size.h * size.w));
     Buffer ps, qs, to;
     for (int64_t i = 0; i < r.n; i += CHUNK) {
       const int64_t n = least(CHUNK, r.n - i);

@@ -25,6 +25,7 @@ class Pictures:
 
     @property
     def classes(self):
+        """How many kinds the labels tell apart; 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
     def batch(self, size, generator):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vidkern._files import replacing
+from vidkern._files import prepare_folder
 from vidkern.errors import UserError
 
 from . import report, runs
@@ -75,19 +75,6 @@ def command_of(args):
         if getattr(args, name) is not None:
             words += [f"--{name}", str(getattr(args, name))]
     return shlex.join(words)
-
-
-def prepare_folder(path):
-    """Make the output folder and prove that it can be written, before any work is done."""
-    out = Path(path)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / "write-test") as fresh:
-            fresh.touch()
-        (out / "write-test").unlink()
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror or error}), expected a folder to write into") from error
-    return out
 
 
 def announce(settings, total, sources, plans):

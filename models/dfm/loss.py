@@ -5,7 +5,7 @@ import torch
 import vidkern
 
 from . import levels as pyramid
-from .model import token_grid
+from .model import check_labels, token_grid
 from .times import draw_stage, draw_times, stage_weights
 
 
@@ -37,6 +37,8 @@ class DFMLoss:
             (loss, means [B, S]): the loss, and the error of every sample and level, 0 for levels that do not take part.
         """
         config, B = self.config, len(x)
+        if labels is not None:
+            check_labels(labels, B, config.classes)
         if stage is None and not self.per_sample:
             stage = draw_stage(self.weights, seed=self.seed, step=step)
         elif stage is None:

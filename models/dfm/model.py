@@ -66,6 +66,7 @@ class DFM(VideoDiT):
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Fresh weights: those of the trunk, the heads zero, and label embeddings of unit variance."""
         super().reset_parameters()
         for head in getattr(self, "heads", ()):
             nn.init.zeros_(head.linear.weight)
@@ -77,6 +78,8 @@ class DFM(VideoDiT):
         dtype = self.embeds[0].weight.dtype
         total = sum(time(sinusoid(1 - t[:, s], self.config.freq_dim).to(dtype)) for s, time in enumerate(self.times))
         if self.labels is not None:
+            if labels is not None:
+                check_labels(labels, len(t), self.pyramid.classes)
             total = total + self.labels(torch.full((len(t),), self.pyramid.classes, device=t.device) if labels is None else labels)
         elif labels is not None:
             raise ValueError("labels: given, expected None for a model without classes")
@@ -137,6 +140,14 @@ class DFM(VideoDiT):
         return c_skip * tokens + c_out * out if config.precond else out
 
 
+def check_labels(labels, batch, classes):
+    """ValueError unless labels [batch] are integers from 0 to classes, which stands for none. Values on a GPU are not read."""
+    if labels.shape != (batch,) or labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
+        raise ValueError(f"labels: shape {tuple(labels.shape)} {labels.dtype}, expected one integer per sample, {(batch,)}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= labels.min() <= labels.max() <= classes:
+        raise ValueError(f"labels: from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}, or {classes} for none")
+
+
 def token_grid(shape, patch):
     """(time, row, column) numbers of tokens of a level's shape."""
     sizes = (1, *shape[2:]) if len(shape) == 4 else tuple(shape[2:])
@@ -171,6 +182,7 @@ def from_plain(model, config):
 
 
 def parameter_count(model):
+    """How many numbers the parameters hold."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -42,6 +42,7 @@ def beside(images, gap=20):
 
 
 def save(image, path):
+    """Write a PIL image in 200 colours, complete or not at all; the ending of the path names the format."""
     with replacing(path) as fresh:
         image.quantize(200, dither=0).save(fresh, optimize=True)
 

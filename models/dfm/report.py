@@ -41,7 +41,8 @@ def summary(record):
 
 def _cells(name, model, row):
     def within(value, form):
-        return f"{value[0]:{form}} ({value[1]:{form}} … {value[2]:{form}})"
+        spread = f" ({value[1]:{form}} … {value[2]:{form}})" if row["seeds"] > 1 else ""
+        return f"{value[0]:{form}}{spread}"
 
     return (name, pictures.TITLE[model], f"{row['parameters'] / 1e3:.0f}k", f"{row['step_flops'] / 1e9:.3f}", str(row["steps"]),
             within(row["distance"], ".2f"), _more({k: v[0] for k, v in row.items() if k in ("agreement", "coarse", "detail")}),
@@ -75,6 +76,8 @@ def markdown(record):
 
 def verdict(record):
     """Plain sentences about who is ahead and by how much, drawn from the numbers alone."""
+    if record["settings"]["quick"]:
+        return "This was a --quick run: it checks the plumbing, the models have learned next to nothing and the order says nothing."
     said = []
     for name, models in summary(record).items():
         a, b = models["dfm"], models["flow"]
@@ -133,11 +136,9 @@ def page(out, record):
     settings = {"seeds": record["settings"]["seeds"], **{f"{name} {k}": v for name, r in record["recipes"].items() for k, v in r.items()},
                 **record["versions"], "CPU seconds of training": record["cpu_seconds"]}
     table = "".join(f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
-    quick = "<p class=verdict>This was a <b>--quick</b> run: it checks the plumbing, the models have learned next to nothing.</p>"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>vidkern demo: DFM</title><style>{STYLE}</style><main>
 <h1>Coarse to fine, with one model</h1>
 <p class="muted">Decomposable Flow Matching (arXiv 2506.19839) at toy size, beside plain flow matching with the same network, seed and compute.</p>
-{quick if record['settings']['quick'] else ''}
 <p class="verdict">{html.escape(verdict(record))}</p>
 <table><tr>{head}</tr>{body}</table>
 <p class="muted">Means over seeds, in brackets the least and the greatest. Lower distances are better; sampling noise sets the floor, the
@@ -145,7 +146,7 @@ distance of real training pictures. "ahead": seeds in which the distance is the 
 {parts}
 <h2>Over training</h2>
 <img alt="curves" src="{data_uri(out / 'curves.png', 'image/png')}">
-<p class="muted">Bands span the seeds. The error of a level is taken while it is the current one; levels are different quantities, so each is
+<p class="muted">{'Bands span the seeds. ' if len(record['settings']['seeds']) > 1 else ''}The error of a level is taken while it is the current one; levels are different quantities, so each is
 relative to an untrained model's.</p>
 <h2>What is measured</h2>
 {measures}

@@ -93,6 +93,7 @@ def config_of(model, recipe, pictures):
 
 
 def loss_of(config, recipe, seed):
+    """The training loss of a run: stages drawn by the recipe (a plain model has one), noise and times by the seed."""
     return DFMLoss(config, weights=stage_weights(config.levels, recipe.first if config.levels > 1 else 1.0), seed=seed)
 
 

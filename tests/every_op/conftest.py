@@ -36,6 +36,31 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def _to_nearest(builder, src, kind):
+    """The interpreter's narrowing, but to bfloat16 by rounding to the nearest, as GPUs do it; its own cuts the low bits off."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if src.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+        return builder.cast_impl(src, kind)
+    rounded = torch.from_numpy(src.data).bfloat16().view(torch.int16).numpy()
+    return TensorHandle(rounded.view("uint16"), kind.scalar)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rounding():
+    """What the interpreter stores in bfloat16 is judged by the rule for kernels that round once."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    before = InterpreterBuilder.create_fp_trunc
+    InterpreterBuilder.create_fp_trunc = _to_nearest
+    yield
+    InterpreterBuilder.create_fp_trunc = before
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_blocks():
     """In the interpreter every operation costs the same, however large: few tiles, but several even of the small samples, of both
@@ -46,6 +71,9 @@ def short_blocks():
 
             for kind in configs.KINDS:
                 stack.enter_context(configs.forced(kind, configs.Config(64, 32, 16, 4, 1)))
+            from vidkern.ops.pruned import configs as pruned
+
+            stack.enter_context(pruned.forced(pruned.Config(32, 32, 32, 4, 1)))
         yield
 
 
@@ -63,19 +91,22 @@ def samples(op, backend):
         return ROOMS[op].samples[:3]
     if not INTERPRETED:
         return ROOMS[op].samples
-    chosen = PYRAMIDS_INTERPRETED.get(op)
+    chosen = CHOSEN_INTERPRETED.get(op)
     return [interpretable(s) for s in ROOMS[op].samples if chosen is None or s.name in chosen]
 
 
-# What the interpreter runs of the pyramid ops: every kernel once. tests/triton/pyramid_interpreted.py adds filters, factors and masks.
-PYRAMIDS_INTERPRETED = {
-    "pyramid_decompose": ("haar", "dct"),
-    "pyramid_merge": ("image", "wide"),
+# What the interpreter runs of the pyramid and pruned ops: every kernel once. tests/triton/pyramid_interpreted.py adds filters, factors
+# and masks, tests/triton/pruned_interpreted.py every other part of the pruned layers.
+CHOSEN_INTERPRETED = {
+    "pyramid_decompose": ("haar", "dct_spacetime"),
+    "pyramid_merge": ("image", "deep_spacetime"),
     "pyramid_flow_inputs": ("image", "image_wide_masked_tokens"),
     "pyramid_flow_loss": ("spacetime_masked_tokens",),
     "pyramid_flow_step": ("image_merge", "video_active1to2_tokens_zero"),
     "pyramid_stage_inputs": ("video_stage0", "odd_stage1_given_noise"),
     "pyramid_stage_transition": ("image",),
+    "pruned_linear": ("gather_scatter", "modulated", "pairs", "slabs"),
+    "pruned_ffn": ("two_tiles", "slabs_of_pairs"),
 }
 
 
@@ -85,6 +116,8 @@ def interpretable(sample):
         # The mask differs from sample to sample.
         keep = getattr(sample, "masked", False)
         return sample if keep else replace(sample, pyramid=replace(sample.pyramid, batch=1))
+    if hasattr(sample, "shape") and sample.__class__.__module__.startswith("vidkern.ops.pruned"):
+        return replace(sample, shape=(*sample.shape[:-1], min(sample.shape[-1], 7)))
     if not hasattr(sample, "kv_heads"):
         return sample
     masked = sample.with_valid or sample.with_kv_len or sample.with_text_len

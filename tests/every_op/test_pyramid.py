@@ -168,12 +168,14 @@ def test_tiles_threads_and_batches_do_not_change_a_bit():
         sizes = levels.sizes_of(x, 3, kind, pool_time)
         for tile in ((1, 1), (1, 2), (1, 5)):
             outs = [torch.full((levels.numel(sizes),), math.nan) for _ in range(2)]
-            cpu.run("pyramid_analysis", sizes, kind=kind, pool_time=pool_time, volume=x, outs=[levels.split(o, sizes) for o in outs],
-                    table=table, philox=1, seed=9, offset=2, tile=tile)
+            cpu.launch(
+                "pyramid_analysis", sizes, kind=kind, pool_time=pool_time, volume=x, outs=[levels.split(o, sizes) for o in outs],
+                table=table, philox=1, seed=9, offset=2, tile=tile,
+            ).run()  # fmt: skip
             for whole, cut in zip((z, v), outs):
                 assert all(torch.equal(a, b) for a, b in zip(whole, levels.split(cut, sizes)))
             merged = torch.full_like(x, math.nan)
-            cpu.run("pyramid_synthesis", sizes, kind=kind, pool_time=pool_time, volume=merged, ins=[z], tile=tile)
+            cpu.launch("pyramid_synthesis", sizes, kind=kind, pool_time=pool_time, volume=merged, ins=[z], tile=tile).run()
             assert torch.equal(merged, vidkern.pyramid_merge(z, kind=kind, factor=factor, impl="cpu"))
         part, _ = vidkern.pyramid_flow_inputs(x[1:], table[1:], first_sample=1, **options)
         assert all(torch.equal(a[1:], b) for a, b in zip(z, part))
@@ -198,7 +200,8 @@ def test_one_level_is_plain_flow_matching(impl):
     (eps,), _ = vidkern.pyramid_flow_inputs(x, vidkern.flow_coefficients(0 * t, direction="data"), levels=1, seed=4, impl=impl)
     assert torch.equal(v, x - eps)
     t = t.view(2, 1, 1, 1)
-    torch.testing.assert_close(z, t * x + (1 - t) * eps, atol=3e-7, rtol=0)
+    # The compiled kernels keep the product's low bits, in the reference nothing differs.
+    torch.testing.assert_close(z, t * x + (1 - t) * eps, atol=0 if impl == "reference" else 3e-7, rtol=0)
 
 
 def test_directions_of_time(impl):
@@ -333,7 +336,7 @@ def test_step_in_place():
     z, c, u = state(), state(), state()
     flat = torch.cat([p.flatten() for p in z])
     sizes = levels.free_sizes([p.unsqueeze(2) for p in z])
-    views = levels.like_input(levels.split(flat, sizes), 4)
+    views = levels.handed_out(flat, levels.places(sizes, 4))
     want, _ = vidkern.pyramid_flow_step(z, c, u, dt=0.1, guidance=2.0, impl="cpu")
     got, given = vidkern.pyramid_flow_step(views, c, u, dt=0.1, guidance=2.0, out=(flat, torch.empty_like(flat)), impl="cpu")
     assert got[0].data_ptr() == flat.data_ptr() and all(torch.equal(a, b) for a, b in zip(got, want))
@@ -475,6 +478,7 @@ BAD = {
     "uncond dtype": (step(u=[v.half() for v in V]), ValueError, r"uncond\[0\]: dtype torch.float16, expected cond's torch.float32"),
     "dt count": (step(dt=[0.1]), ValueError, r"dt: \[0.1\], expected a number, 2 numbers"),
     "dt shape": (step(dt=torch.rand(3)), ValueError, r"dt: \(3,\) torch.float32 on cpu, expected torch.float32 \[S\] = \(2,\)"),
+    "guidance alone": (step(guidance=2.0), ValueError, "guidance: 2.0 without uncond, expected 1"),
     "guidance dtype": (step(guidance=torch.rand(2).double()), ValueError, "guidance: .* expected torch.float32"),
     "next": (step(next_active=3), ValueError, "next_active: 3, expected 1 to 2 levels"),
     "merge early": (step(merge=True, active=1), ValueError, "active: 1, expected all 2 levels to be active on the last step"),

@@ -35,7 +35,7 @@ def test_a_quick_run_writes_every_file(tmp_path, capsys):
     check_form(record)
     assert record == report.load(tmp_path / "r.json") and len(record["runs"]) == 4
     page, shown = (tmp_path / "report.html").read_text(), capsys.readouterr().out
-    assert page.count('src="data:image/png') == 3 and page.count('src="data:image/gif') == 2 and "--quick</b> run" in page
+    assert page.count('src="data:image/png') == 3 and page.count('src="data:image/gif') == 2 and "This was a --quick run" in page
     assert record["command"] in page and "http:" not in page and "https:" not in page
     assert report.markdown(record) in shown and report.verdict(record) in shown
     gif = Image.open(tmp_path / "previews_digits.gif")
@@ -225,7 +225,7 @@ def test_the_verdict_follows_the_numbers():
     def record(*pairs):
         made = [{"data": "digits", "model": m, "seed": s, "parameters": 1, "step_flops": 1.0, "steps": 1, "distance": d}
                 for s, pair in enumerate(pairs) for m, d in zip(("dfm", "flow"), pair)]
-        return {"measures": {"digits": {"floor": {"distance": 0.0}}}, "runs": made}
+        return {"settings": {"quick": False}, "measures": {"digits": {"floor": {"distance": 0.0}}}, "runs": made}
 
     assert report.verdict(record((1.0, 4.0), (3.0, 4.0))) == (
         "On digits DFM is ahead of plain flow matching in 2 of 2 seeds: mean Fréchet distance 2.00 against 4.00, 50% lower.")

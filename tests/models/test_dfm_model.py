@@ -133,7 +133,10 @@ def test_wrong_inputs_are_said(model):
     for call, part in ((lambda: model(z, t[:, :1]), "a time for each of 2 levels"), (lambda: model(z, t, active=3), "active=3 of 2 levels"),
                        (lambda: model([], t), "active=0"), (lambda: model([z[0], z[0]], t), "the same number from every level"),
                        (lambda: model.forward_tokens(torch.zeros(4, 64, 5), (1, 8, 8), t), "expected one of [3, 15]"),
-                       (lambda: DFM(tiny(classes=0))(z, t, labels=LABELS), "labels: given")):
+                       (lambda: DFM(tiny(classes=0))(z, t, labels=LABELS), "labels: given"),
+                       (lambda: model(z, t, labels=LABELS[:1]), "labels: shape (1,)"),
+                       (lambda: model(z, t, labels=LABELS + 100), "labels: from 10"),
+                       (lambda: DFMLoss(model.pyramid)(model, torch.randn(4, 3, 16, 16), step=0, labels=LABELS[:1]), "labels: shape (1,)")):
         with pytest.raises(ValueError) as error:
             call()
         assert part in str(error.value), error.value

@@ -95,7 +95,7 @@ def test_a_step_in_place_and_what_is_not_active():
     z, c, u = ([torch.randn(2, 3, 4 << s, 4 << s) for s in range(2)] for _ in range(3))
     flat = torch.cat([p.flatten() for p in z])
     sizes = levels.free_sizes([p.unsqueeze(2) for p in z])
-    views = levels.like_input(levels.split(flat, sizes), 4)
+    views = levels.handed_out(flat, levels.places(sizes, 4))
     want, _ = vidkern.pyramid_flow_step(z, c, u, dt=0.1, guidance=2.0, impl="triton")
     got, given = vidkern.pyramid_flow_step(views, c, u, dt=0.1, guidance=2.0, out=(flat, torch.empty_like(flat)), impl="triton")
     assert got[0].data_ptr() == flat.data_ptr() and all(torch.equal(a, b) for a, b in zip(got, want))

@@ -1,4 +1,4 @@
-"""What the pyramid ops launch compiles for every architecture, spills nothing at the main sizes, and moves the main sizes 16 bytes at a time."""
+"""What the pyramid ops launch compiles for every architecture, spills nothing, and moves the main sizes 16 bytes at a time."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -23,17 +23,17 @@ WIDE = {
 }
 
 
-def faults(case, built, spills=0) -> list[str]:
-    found = [f"{case.name} {b.kernel}: {b.spilled} bytes spilled" for b in built if b.spilled > spills]
+def faults(case, built) -> list[str]:
+    found = [f"{case.name} {b.kernel}: {b.spilled} bytes spilled" for b in built if b.spilled]
     if case in aot.MAIN and case.dtype.itemsize == 4:
         found += [f"{case.name} {b.kernel}: no {n}" for b in built for n in WIDE.get(b.kernel, ()) if not b.instructions.get(n)]
     return found
 
 
-def check(chosen, spills=0):
+def check(chosen):
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         built = list(pool.map(aot.build, *zip(*chosen)))
-    assert not [f for (case, _), b in zip(chosen, built) for f in faults(case, b, spills)]
+    assert not [f for (case, _), b in zip(chosen, built) for f in faults(case, b)]
     return {b.kernel for kernels in built for b in kernels}
 
 
@@ -44,11 +44,8 @@ def test_chosen_builds():
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_all_builds():
-    """Everything compiles. Known lacks: merges of three levels and more spill up to 120 bytes, and the decomposition into four levels
-    that pools time does not fit registers at all (3.8 KB)."""
-    deep = [c for c in aot.CASES if c.op == "decompose" and c.levels == 4 and c.pool_time]
-    check([(c, a) for c in aot.CASES if c not in deep for a in aot.ARCHITECTURES], spills=128)
-    check([(c, a) for c in deep for a in aot.ARCHITECTURES], spills=4096)
+    """Every case on every architecture: nothing is spilled."""
+    check([(c, a) for c in aot.CASES for a in aot.ARCHITECTURES])
 
 
 def test_launches_need_no_memory_and_no_gpu():

@@ -105,14 +105,17 @@ def _noise(shape, dtype, device, **key):
 
 
 def decompose_yardstick(sample, tensors):
+    """Average pooling, interpolation and subtraction, in the inputs\' dtype."""
     return (_row(_over(_decompose(_volume(tensors[0]), sample.pyramid), sample.std)),)
 
 
 def merge_yardstick(sample, tensors):
+    """Interpolation and addition, in the inputs\' dtype."""
     return (_row([_merge(_times([_volume(t) for t in tensors], sample.std), sample.pyramid)]),)
 
 
 def inputs_yardstick(sample, tensors):
+    """Levels, noise and products, each an operation of its own, in the inputs\' dtype."""
     p, dtype, device = sample.pyramid, tensors[0].dtype, tensors[0].device
     parts = [_volume(t) for t in tensors] if sample.given_levels else _decompose(_volume(tensors[0]), p)
     parts, table, mask, noise = _over(parts, sample.std), sample.coefficients(device), sample.mask(device), sample.noise(dtype, device)
@@ -135,11 +138,13 @@ def inputs_yardstick(sample, tensors):
 
 
 def loss_call(sample, tensors, **more):
+    """(means, loss as [1]): the loss last, whose gradient every sample has."""
     loss, means = sample.call(*tensors, **more)
     return means, loss.view(1)
 
 
 def loss_yardstick(sample, tensors):
+    """F.mse_loss of every level, in float32."""
     p, mask, targets = sample.pyramid, sample.mask(tensors[0].device), sample.targets(tensors[0].dtype, tensors[0].device)
     if sample.patch:
         tensors, targets = (levels.from_tokens(t[0], p.sizes, sample.patch, p.pool_time) for t in (tensors, targets))
@@ -154,6 +159,7 @@ def loss_yardstick(sample, tensors):
 
 
 def step_yardstick(sample, tensors):
+    """lerp for the guidance, then the step, then the merge or the next input, in the inputs\' dtype."""
     p, dtype = sample.pyramid, tensors[0].dtype
     n, m = p.levels, sample.moved
     z, cond, uncond = tensors[:n], tensors[n : n + m], tensors[n + m :]
@@ -178,6 +184,7 @@ def step_yardstick(sample, tensors):
 
 
 def stage_yardstick(sample, tensors):
+    """Pooling, repetition and weighted sums, in the inputs\' dtype."""
     x, p, k = _volume(tensors[0]), sample.pyramid, sample.stage
     noise = sample.noise(tensors[0])
     shape = tuple(x.shape)
@@ -193,6 +200,7 @@ def stage_yardstick(sample, tensors):
 
 
 def transition_yardstick(sample, tensors):
+    """White noise less its block means, in the inputs\' dtype."""
     import vidkern
 
     z, stage = _volume(tensors[0]), vidkern.pyramid_stages(3)[1]
@@ -209,13 +217,15 @@ def transition_yardstick(sample, tensors):
     return (_row([scale * _up(z, "haar", False) + spread * math.sqrt(4 / 3) * centred]),)
 
 
-# Per op: samples, inputs, call, yardstick, names of inputs, names of outputs.
+# Per op: samples, inputs, call, yardstick, names of inputs, names of outputs, samples for accelerators.
 ROOMS = {
-    "pyramid_decompose": (decompose_cost.SAMPLES, _inputs, _one, decompose_yardstick, ("x",), ("levels",)),
-    "pyramid_merge": (merge_cost.SAMPLES, _inputs, _one, merge_yardstick, ("levels",), ("volume",)),
-    "pyramid_flow_inputs": (inputs_cost.SAMPLES, _inputs, _pair, inputs_yardstick, ("x",), ("z", "v")),
-    "pyramid_flow_loss": (loss_cost.SAMPLES, _inputs, loss_call, loss_yardstick, ("pred",), ("means", "loss")),
-    "pyramid_flow_step": (step_cost.SAMPLES, _inputs, _one, step_yardstick, ("z, cond, uncond",), ("result",)),
-    "pyramid_stage_inputs": (stage_cost.SAMPLES, _inputs, _pair, stage_yardstick, ("x",), ("z", "v")),
-    "pyramid_stage_transition": (transition_cost.SAMPLES, _inputs, _one, transition_yardstick, ("z",), ("z",)),
+    "pyramid_decompose": (decompose_cost.SAMPLES, _inputs, _one, decompose_yardstick, ("x",), ("levels",), decompose_cost.LARGE),
+    "pyramid_merge": (merge_cost.SAMPLES, _inputs, _one, merge_yardstick, ("levels",), ("volume",), merge_cost.LARGE),
+    "pyramid_flow_inputs": (inputs_cost.SAMPLES, _inputs, _pair, inputs_yardstick, ("x",), ("z", "v"), inputs_cost.LARGE),
+    "pyramid_flow_loss": (loss_cost.SAMPLES, _inputs, loss_call, loss_yardstick, ("pred",), ("means", "loss"), loss_cost.LARGE),
+    "pyramid_flow_step": (step_cost.SAMPLES, _inputs, _one, step_yardstick, ("z, cond, uncond",), ("result",), step_cost.LARGE),
+    "pyramid_stage_inputs": (stage_cost.SAMPLES, _inputs, _pair, stage_yardstick, ("x",), ("z", "v"), stage_cost.LARGE),
+    "pyramid_stage_transition": (
+        transition_cost.SAMPLES, _inputs, _one, transition_yardstick, ("z",), ("z",), transition_cost.LARGE
+    ),
 }

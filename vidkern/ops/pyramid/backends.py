@@ -6,6 +6,7 @@ import torch
 
 from ... import registry
 from ..launch import TRITON_DTYPES, cpu_why_not, triton_why_not, unit_stride
+from . import plans
 
 
 def unit(parts):
@@ -14,14 +15,20 @@ def unit(parts):
 
 
 def dense(mask):
+    """A mask whose rows follow each other, or None."""
     return None if mask is None else mask.contiguous()
 
 
 def why_not_any(*tensors) -> str | None:
     """Why the compiled CPU part cannot serve these tensors (None entries are skipped)."""
+    last = None
     for t in tensors:
-        if t is not None and (reason := cpu_why_not(t)):
+        # Most are like the one before.
+        if t is None or (last is not None and t.dtype is last.dtype and t.device == last.device):
+            continue
+        if reason := cpu_why_not(t):
             return reason
+        last = t
     return None
 
 
@@ -50,10 +57,11 @@ def _triton(name: str):
     return run
 
 
-def backends(why_not, cpu_run, cpu_backward, reference_run, reference_backward, *, triton: str):
-    """The backends of a pyramid op. ``triton`` names its launcher in triton.py; that of the backward is called ``<triton>_backward``."""
+def backends(why_not, cpu, cpu_backward, reference_run, reference_backward, *, triton: str):
+    """The backends of a pyramid op. ``cpu`` and ``cpu_backward`` describe launches (see :func:`plans.planned`); ``triton`` names the
+    launcher in triton.py, that of the backward is called ``<triton>_backward``."""
     return (
-        registry.Backend("cpu", why_not, cpu_run, cpu_backward),
+        registry.Backend("cpu", why_not, plans.planned(cpu), plans.planned(cpu_backward)),
         registry.Backend(
             "triton", _triton_why_not, _triton(triton), _triton(f"{triton}_backward"),
             "Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on", "warn", ("ops/pyramid/triton.py",),

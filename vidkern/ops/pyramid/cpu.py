@@ -7,6 +7,7 @@ import torch
 from vidkern import _cpu
 
 from .levels import KINDS, level_count, patches, shapes
+from .plans import Launch, Place
 
 _NO_VIEW = (0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1)
 # Outputs beyond this many bytes go past the caches: they would push out everything before anybody reads them.
@@ -18,15 +19,15 @@ def level(t: torch.Tensor | None) -> tuple[int, ...]:
     if t is None:
         return _NO_VIEW
     b, c, y, x, _ = t.stride()
-    return (t.data_ptr(), t.dtype is torch.bfloat16, b, c, y, x, 0, 0, 0, 1, 1, t.shape[4])
+    return (Place(t), t.dtype is torch.bfloat16, b, c, y, x, 0, 0, 0, 1, 1, t.shape[4])
 
 
 def flat(t: torch.Tensor, sizes, first: int | None = None) -> list[tuple[int, ...]]:
     """The levels that lie one after the other in a 1-D tensor; a few integers, where views of it would cost microseconds."""
-    views, at, size, bf16 = [], t.data_ptr(), t.element_size(), t.dtype is torch.bfloat16
+    views, at, size, bf16 = [], 0, t.element_size(), t.dtype is torch.bfloat16
     for _, channels, frames, height, width in shapes(sizes)[:first]:
         plane = height * width
-        views.append((at, bf16, channels * frames * plane, frames * plane, plane, width, 0, 0, 0, 1, 1, width))
+        views.append((Place(t, at), bf16, channels * frames * plane, frames * plane, plane, width, 0, 0, 0, 1, 1, width))
         at += sizes[0] * channels * frames * plane * size
     return views
 
@@ -38,7 +39,7 @@ def tokens(t: torch.Tensor, sizes, patch, pool_time: bool, first: int) -> list[t
         across, down = width // pw, height // ph
         views.append(
             (
-                t.data_ptr() + at * t.element_size(), t.dtype is torch.bfloat16, batch, pt * ph * pw, down * across * row,
+                Place(t, at * t.element_size()), t.dtype is torch.bfloat16, batch, pt * ph * pw, down * across * row,
                 across * row, row, ph * pw, pw, pt, ph, pw,
             )
         )  # fmt: skip
@@ -48,7 +49,7 @@ def tokens(t: torch.Tensor, sizes, patch, pool_time: bool, first: int) -> list[t
 
 def fields(
     sizes, *, kind="laplacian", pool_time=False, active=None, volume=None, ins=(), outs=(), table=None, mask=None, philox=0, seed=0,
-    offset=0, first_sample=0, level_index=None, sums=0, written=(), tile=(0, 0),
+    offset=0, first_sample=0, level_index=None, loss=None, written=(), tile=(0, 0),
 ) -> tuple:
     """The fields of a kernel. ``ins`` and ``outs`` are lists (one entry per role) of lists of views or tensors, None where absent."""
     n = level_count(sizes)
@@ -71,29 +72,25 @@ def fields(
         strides = (0, 0, level_index or 0)
     else:
         # A table with one row per sample has no level stride; its field then tells the noise's level.
-        strides = (table.data_ptr(), table.stride(0), table.stride(1) if level_index is None else level_index)
-    masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
-    return (*head, present, *views, *strides, *masked, philox, seed & 0xFFFFFFFF, seed >> 32, offset, first_sample, sums)
+        strides = (Place(table), table.stride(0), table.stride(1) if level_index is None else level_index)
+    masked = (0, 0) if mask is None else (Place(mask), mask.stride(0))
+    random = (philox, seed & 0xFFFFFFFF, seed >> 32, offset, first_sample)
+    return (*head, present, *views, *strides, *masked, 0 if loss is None else Place(loss), *random)
 
 
-def run(name: str, sizes, *, scale=None, **given) -> None:
-    """Run one kernel of the tier in use."""
+def launch(name: str, sizes, *, scale=None, **given) -> Launch:
+    """A kernel of the tier in use, to be run; ``given``: see :func:`fields`."""
     table = given.get("table")
     if table is not None and table.stride(-1) != 1:
         given["table"] = table.contiguous()
-    getattr(_cpu, name)(fields(sizes, **given), tuple(scale or (1.0,) * level_count(sizes)))
-
-
-def loss_runs(sizes, **given) -> int:
-    """How many partial sums the loss needs."""
-    return _cpu.pyramid_loss_runs(fields(sizes, **given), (1.0,) * level_count(sizes))
+    return Launch(getattr(_cpu, name), fields(sizes, **given), tuple(scale or (1.0,) * level_count(sizes)))
 
 
 def normals(shape, *, seed, level, offset=0, first_sample=0, raw=False) -> torch.Tensor:
     """Noise [B, C, T, H, W] of one level, float32; ``raw``: the generator's words instead, int32."""
     out = torch.empty(shape)
-    run(
+    launch(
         "pyramid_normals", list(shape), outs=[[out]], philox=2 if raw else 1, seed=seed, offset=offset, first_sample=first_sample,
         level_index=level,
-    )  # fmt: skip
+    ).run()  # fmt: skip
     return out.view(torch.int32) if raw else out

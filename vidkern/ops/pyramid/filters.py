@@ -60,6 +60,7 @@ def down(x, kind: str, pool_time: bool, gain: float = 1.0):
 
 
 def down_adjoint(g, kind: str, pool_time: bool):
+    """The transpose of :func:`down`: twice the pooled axes."""
     axes = _axes(pool_time)
     for axis in axes:
         if kind == "dct":
@@ -90,6 +91,7 @@ def up(x, kind: str, pool_time: bool):
 
 
 def up_adjoint(g, kind: str, pool_time: bool):
+    """The transpose of :func:`up`: half the pooled axes."""
     for axis in _axes(pool_time):
         if kind == "dct":
             g = _blocks(g, axis, _transposed(dct_up()))
@@ -134,6 +136,7 @@ def merge(parts, kind: str, pool_time: bool):
 
 
 def merge_adjoint(grad, levels: int, kind: str, pool_time: bool) -> list[torch.Tensor]:
+    """Gradients of the levels, coarse to fine, from that of the volume."""
     grads = [grad]
     for _ in range(levels - 1):
         grads.insert(0, up_adjoint(grads[0], kind, pool_time))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -14,14 +15,17 @@ _AXES = ("T", "H", "W")
 
 
 def integer(name: str, value, least: int, expectation: str) -> int:
+    """``value`` if it is an integer (or a symbolic size) of at least ``least``; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
         raise ValueError(f"{name}: {value!r}, expected {expectation}")
     return value
 
 
-def tensor(name: str, t) -> None:
+def tensor(name: str, t) -> torch.Tensor:
+    """``t``; TypeError when it is none."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: {type(t).__name__}, expected a torch.Tensor")
+    return t
 
 
 def volume(name: str, x) -> torch.Tensor:
@@ -48,6 +52,7 @@ def rules(kind, factor) -> bool:
 
 
 def count(name: str, value) -> int:
+    """``value`` if it is a possible number of levels; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_LEVELS:
         raise ValueError(f"{name}: {value!r}, expected a number of levels from 1 to {MAX_LEVELS}")
     return value
@@ -78,15 +83,33 @@ def sizes_of(x: torch.Tensor, levels: int, kind: str, pool_time: bool, name: str
     return sizes
 
 
+def _kept(function):
+    """Remember what a function of sizes gave; symbolic sizes, which a compiler traces, are no keys."""
+    remembered = functools.lru_cache(maxsize=1024)(function)
+
+    @functools.wraps(function)
+    def call(sizes, *rest):
+        if torch.compiler.is_compiling():
+            return function(sizes, *rest)
+        try:
+            return remembered(tuple(sizes), *rest)
+        except TypeError:
+            return function(sizes, *rest)
+
+    return call
+
+
 def shapes(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     """[B, C, T, H, W] of every level."""
     return [(sizes[0], sizes[1], *sizes[i : i + 3]) for i in range(2, len(sizes), 3)]
 
 
 def level_count(sizes: Sequence[int]) -> int:
+    """How many levels flattened sizes hold."""
     return (len(sizes) - 2) // 3
 
 
+@_kept
 def numel(sizes: Sequence[int], first: int | None = None) -> int:
     """Values of the first (coarsest) ``first`` levels."""
     return sum(math.prod(shape) for shape in shapes(sizes)[:first])
@@ -94,14 +117,33 @@ def numel(sizes: Sequence[int], first: int | None = None) -> int:
 
 def split(flat: torch.Tensor, sizes: Sequence[int], first: int | None = None) -> list[torch.Tensor]:
     """The levels as views of the memory that they share."""
-    wanted = shapes(sizes)[:first]
-    parts = flat.split([math.prod(shape) for shape in wanted])
-    return [p.view(shape) for p, shape in zip(parts, wanted)]
+    return handed_out(flat, places(sizes, 5, first))
 
 
-def like_input(parts: Sequence[torch.Tensor], rank: int) -> list[torch.Tensor]:
-    """Without T where the caller's tensors have none."""
-    return [p.squeeze(2) for p in parts] if rank == 4 else list(parts)
+@_kept
+def places(sizes: Sequence[int], rank: int, first: int | None = None) -> tuple:
+    """(shape, strides, offset) of the first ``first`` levels in the memory that they share; without T for rank 4."""
+    result, at = [], 0
+    for shape in shapes(sizes)[:first]:
+        shown = shape if rank == 5 else (*shape[:2], *shape[3:])
+        result.append((shown, tuple(math.prod(shown[i + 1 :]) for i in range(len(shown))), at))
+        at += math.prod(shape)
+    return tuple(result)
+
+
+def handed_out(flat: torch.Tensor, where: tuple) -> list[torch.Tensor]:
+    """The levels at ``places`` as views of a 1-D tensor, for the caller: one call of torch each where no gradient has to find its way
+    back."""
+    plain = type(flat) is torch.Tensor and not flat.requires_grad and flat.is_contiguous()
+    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return [p.view(shape) for p, (shape, _, _) in zip(flat.split([math.prod(shape) for shape, _, _ in where]), where)]
+    start = flat.storage_offset()
+    return [flat.as_strided(shape, strides, start + at) for shape, strides, at in where]
+
+
+def as_volumes(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Levels [B, C, H, W] or [B, C, T, H, W], checked before, as [B, C, T, H, W]."""
+    return [t.unsqueeze(2) if t.dim() == 4 else t for t in given]
 
 
 def level_list(name: str, given, expected: int | None = None, less: bool = False) -> list[torch.Tensor]:
@@ -128,6 +170,7 @@ def level_list(name: str, given, expected: int | None = None, less: bool = False
 
 
 def same_shapes(name: str, parts, wanted, reference: str) -> None:
+    """ValueError for the first of ``parts`` that has not the shape (or that of the tensor) in ``wanted``, which ``reference`` names."""
     for i, (x, y) in enumerate(zip(parts, wanted)):
         if tuple(x.shape) != tuple(y.shape if isinstance(y, torch.Tensor) else y):
             y = y.shape if isinstance(y, torch.Tensor) else y
@@ -203,6 +246,7 @@ def scales_of(std, levels: int, inverse: bool) -> list[float]:
 
 
 def random_of(seed, offset, first_sample, levels_sizes: Sequence[int]) -> tuple[int, int, int]:
+    """The three checked: what the generator's key and counter hold; ValueError otherwise."""
     for name, value, bits in (("seed", seed, 63), ("offset", offset, 32), ("first_sample", first_sample, 32)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << bits:
             raise ValueError(f"{name}: {value!r}, expected an integer from 0 to 2^{bits} - 1")
@@ -222,6 +266,7 @@ def patches(patch, levels: int, pool_time: bool) -> list[tuple[int, int, int]]:
 
 
 def check_patch(patch, sizes: Sequence[int]) -> None:
+    """ValueError for a patch that does not divide the coarsest level."""
     for axis, p, n in zip(_AXES, patch, sizes[2:5]):
         if n % p:
             raise ValueError(f"patch: {p} along {axis}, expected a divisor of the coarsest level's {n}")

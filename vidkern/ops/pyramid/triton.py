@@ -1,7 +1,8 @@
 """Launchers of the Triton kernels of the pyramid ops: for each op a function, and one for its backward, with the op's own arguments.
 
 NVIDIA GPUs of compute capability 8.0 on, or Triton's interpreter on the CPU. Laplacian and Haar pyramids take one launch, but merging
-more levels than a gather can reach (see ``_gathers``) takes one per level, through float32 levels in memory; so do block-DCT pyramids.
+more levels than a gather can reach (see ``_gathers``) takes one per level, through float32 levels in memory; so do block-DCT pyramids
+and deep ones that pool time (see ``_by_filters``).
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class _Shape:
 
     @property
     def sizes(self) -> dict:
+        """As keywords of a kernel."""
         return {"T": self.T, "H": self.H, "W": self.W}
 
     def first(self, per_program: int, chosen=None) -> tuple[int, ...]:
@@ -144,6 +146,12 @@ def _gathers(kind, pool_time, n) -> bool:
     return kind == "haar" or (kind == "laplacian" and n <= (2 if pool_time else 3))
 
 
+def _by_filters(kind, pool_time, n) -> bool:
+    """Whether taking n levels apart takes a launch per filter: block-DCT; and three or four laplacian levels in time too, where 27 means
+    of 64 or 512 values meet in one value of the next level, more than registers hold."""
+    return kind == "dct" or (kind == "laplacian" and pool_time and n > 2)
+
+
 # ---- filters from level to level ----------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=16)
 def _matrix(device: torch.device) -> torch.Tensor:
@@ -160,8 +168,8 @@ def _filter(which, kind, pool_time, source, out, base=None, mode=_SET) -> None:
         taps = 1 if which in ("up", "down_t") else 2
     base = out if base is None else base
     count = out[0].numel()
-    # Every value holds a row of taps.
-    block = VALUES if INTERPRETED else VALUES // (4 if taps == 8 else 1)
+    # Every value holds a row of taps, and the laplacian's four rows at once.
+    block = VALUES if INTERPRETED else VALUES // (4 if taps == 8 or (taps == 4 and kind == "laplacian") else 1)
     blocks = triton.cdiv(count, block)
     filter_kernel[(blocks * out.shape[0],)](
         source, base, out, _matrix(out.device), *out.shape[2:], *source.shape[2:], *source.stride()[:4], *base.stride()[:4],
@@ -193,7 +201,7 @@ def _analyse(outputs, x, noise, table, mask, sizes, kind, pool_time, scale, acti
     z, v = outputs[0], outputs[1] if len(outputs) > 1 and outputs[1].numel() else None
     if not given and number == 1:
         given = True
-    elif not given and kind == "dct":
+    elif not given and _by_filters(kind, pool_time, number):
         x, given = _taken_apart(unit_stride(x[0]), sizes, kind, pool_time), True
     n = written
     with _on(z):
@@ -250,7 +258,7 @@ def _analyse_adjoint(out, dz, dv, table, mask, sizes, kind, pool_time, scale, ac
         "HAS_MASK": mask is not None, **_patch(patch),
     }  # fmt: skip
     with _on(out):
-        if given or number == 1 or kind == "dct":
+        if given or number == 1 or _by_filters(kind, pool_time, number):
             direct = given or number == 1
             target = out.view(-1) if direct else _workspace(out, sizes)
             parts = levels.split(target, sizes)
@@ -279,11 +287,13 @@ _QUIET = {"key0": 0, "key1": 0, "offset": 0, "first_sample": 0}
 
 
 def decompose(outputs, x, sizes, kind, pool_time, scale, impl):
+    """Launcher of pyramid_decompose."""
     n = levels.level_count(sizes)
     _analyse(outputs, [x], [], None, None, sizes, kind, pool_time, scale, n, n, [], _QUIET, False)
 
 
 def decompose_backward(outputs, grad, sizes, kind, pool_time, scale, impl):
+    """Launcher of its backward."""
     n = levels.level_count(sizes)
     _analyse_adjoint(outputs[0], grad, None, None, None, sizes, kind, pool_time, scale, n, n, [], False)
 
@@ -292,12 +302,14 @@ def flow_inputs(
     outputs, x, table, mask, noise, sizes, given, active, kind, pool_time, scale, seed, offset, first_sample, dtype, patch, zero,
     target, impl,
 ):  # fmt: skip
+    """Launcher of pyramid_flow_inputs."""
     written = levels.level_count(sizes) if zero else active
     random = _random(seed, offset, first_sample)
     _analyse(outputs, x, noise, table, mask, sizes, kind, pool_time, scale, active, written, patch, random, given)
 
 
 def flow_inputs_backward(outputs, dz, dv, table, mask, x_dtype, sizes, given, active, kind, pool_time, scale, patch, zero, impl):
+    """Launcher of its backward."""
     written = levels.level_count(sizes) if zero else active
     dz, dv = (None if t is None or t.numel() == 0 else t for t in (dz, dv))
     _analyse_adjoint(outputs[0], dz, dv, table, mask, sizes, kind, pool_time, scale, active, written, patch, given)
@@ -315,11 +327,13 @@ def _synthesise(out, z, cond, uncond, table, sizes, kind, pool_time, scale) -> N
     flags = {"STEP": bool(cond), "GUIDED": bool(uncond), "FT": _ft(pool_time)}
     with _on(out):
         if _gathers(kind, pool_time, n) or n == 1:
-            blocks = triton.cdiv(shape.counts[-1], VALUES)
+            # Three levels gather 21 values for one.
+            block = VALUES // 2 if n > 2 and kind == "laplacian" and not INTERPRETED else VALUES
+            blocks = triton.cdiv(shape.counts[-1], block)
             synthesis_kernel[(blocks * shape.batch,)](
                 out, z.tensors, c.tensors, u.tensors, table, shape.T, shape.H, shape.W, z.batches, c.batches, u.batches, tuple(scale),
                 *out.stride()[:4], *strides, shape.counts, blocks, S=n, IS_LAPLACIAN=kind == "laplacian",
-                WIDE=_wide(out, *z.tensors, *c.tensors, *u.tensors), BLOCK=VALUES, **flags,
+                WIDE=_wide(out, *z.tensors, *c.tensors, *u.tensors), BLOCK=block, **flags,
             )
             return
         # The step and the scales first, in float32; then from level to level.
@@ -378,14 +392,17 @@ def _spread(state, given, dz, dc, du, table, strides, shape, scale, active, upco
 
 
 def merge(outputs, parts, sizes, kind, pool_time, scale, impl):
+    """Launcher of pyramid_merge."""
     _synthesise(outputs[0], parts, [], [], None, sizes, kind, pool_time, scale)
 
 
 def merge_backward(outputs, grad, sizes, kind, pool_time, scale, impl):
+    """Launcher of its backward."""
     _synthesise_adjoint(outputs, grad, None, sizes, kind, pool_time, scale, False)
 
 
 def flow_step(outputs, z, cond, uncond, table, sizes, active, upcoming, kind, pool_time, scale, dtype, patch, zero, merge, impl):
+    """Launcher of pyramid_flow_step."""
     if merge:
         _synthesise(outputs[0], z, cond, uncond, table, sizes, kind, pool_time, scale)
         return
@@ -408,6 +425,7 @@ def flow_step(outputs, z, cond, uncond, table, sizes, active, upcoming, kind, po
 def flow_step_backward(
     outputs, dstate, dinput, table, sizes, active, upcoming, guided, kind, pool_time, scale, z_dtype, v_dtype, patch, zero, merge, impl,
 ):  # fmt: skip
+    """Launcher of its backward."""
     if merge:
         _synthesise_adjoint(outputs, dstate, table, sizes, kind, pool_time, scale, guided)
         return
@@ -438,6 +456,7 @@ def _sides(pred, target, sizes, n, patch, pool_time):
 
 
 def flow_loss(outputs, pred, target, mask, sizes, active, patch, pool_time, impl):
+    """Launcher of pyramid_flow_loss."""
     loss, means = outputs
     shape = _Shape(sizes)
     n, (p, t) = shape.n, _sides(pred, target, sizes, shape.n, patch, pool_time)
@@ -458,6 +477,7 @@ def flow_loss(outputs, pred, target, mask, sizes, active, patch, pool_time, impl
 
 
 def flow_loss_backward(outputs, dloss, dmeans, pred, target, mask, sizes, active, patch, pool_time, impl):
+    """Launcher of its backward."""
     shape = _Shape(sizes)
     n, (p, t) = shape.n, _sides(pred, target, sizes, shape.n, patch, pool_time)
     d = _laid_out(outputs[0], sizes, n, patch, pool_time, None if patch else len(pred))
@@ -476,6 +496,7 @@ def flow_loss_backward(outputs, dloss, dmeans, pred, target, mask, sizes, active
 
 # ---- stages -----------------------------------------------------------------------------------------------------------------------
 def stage_inputs(outputs, x, noise, table, sizes, stage, seed, offset, first_sample, dtype, impl):
+    """Launcher of pyramid_stage_inputs."""
     z, v = outputs
     top = levels.level_count(sizes) - 1
     x, noise, table = unit_stride(x), unit_stride(noise), _table(table)
@@ -491,6 +512,7 @@ def stage_inputs(outputs, x, noise, table, sizes, stage, seed, offset, first_sam
 
 
 def stage_inputs_backward(outputs, dz, dv, table, x_dtype, sizes, stage, impl):
+    """Launcher of its backward."""
     out, table = outputs[0], _table(table)
     top = levels.level_count(sizes) - 1
     dz, dv = (None if g is None else g.contiguous() for g in (dz, dv))
@@ -505,6 +527,7 @@ def stage_inputs_backward(outputs, dz, dv, table, x_dtype, sizes, stage, impl):
 
 
 def stage_transition(outputs, z, noise, table, sizes, level, seed, offset, first_sample, impl):
+    """Launcher of pyramid_stage_transition."""
     out = outputs[0]
     z, noise, table = unit_stride(z), unit_stride(noise), _table(table)
     eps = z if noise is None else noise
@@ -519,6 +542,7 @@ def stage_transition(outputs, z, noise, table, sizes, level, seed, offset, first
 
 
 def stage_transition_backward(outputs, grad, table, sizes, impl):
+    """Launcher of its backward."""
     out, grad, table = outputs[0], unit_stride(grad), _table(table)
     count = out[0].numel()
     blocks = triton.cdiv(count, POSITIONS)

@@ -50,11 +50,13 @@ def grab(P, at, mask):
 
 @triton.jit
 def put(P, at, value, mask):
+    """Store in the memory's dtype where ``mask`` is on."""
     tl.store(P + at, value.to(P.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def clamp(i, n):
+    """Into 0 .. n - 1: edges repeat."""
     return tl.minimum(tl.maximum(i, 0), n - 1)
 
 
@@ -87,6 +89,7 @@ def block_sum(X, c, t, y, x, x_c, x_t, x_y, mask, Q: tl.constexpr, QT: tl.conste
 
 @triton.jit
 def quarter_way(near, far):
+    """3/4 near + 1/4 far; the product is exact."""
     return near + 0.25 * (far - near)
 
 

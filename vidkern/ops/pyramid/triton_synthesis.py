@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_parts import clamp, decode, grab, interleave, put, quarter_way
+from .triton_parts import clamp, decode, grab, put, quarter_way
 
 DOWN, UP, DOWN_T, UP_T = (tl.constexpr(i) for i in range(4))
 LAPLACIAN, HAAR, DCT = (tl.constexpr(i) for i in range(3))
@@ -175,21 +175,100 @@ def synthesis_adjoint_kernel(
 
 
 @triton.jit
-def tap(i, k, n, MATRIX, FILTER: tl.constexpr, KIND: tl.constexpr):
-    """Input position and weight of tap k of output position i of an axis whose input has n positions; see csrc/common/pyramid.h."""
-    if KIND == DCT:
-        half: tl.constexpr = 0.5 if FILTER == DOWN or FILTER == DOWN_T else 1.0
-        if FILTER == UP or FILTER == DOWN_T:
-            return i // 8 * 4 + k, tl.load(MATRIX + (i % 8 * 4 + k)) * half
-        return i // 4 * 8 + k, tl.load(MATRIX + (k * 4 + i % 4)) * half
-    none = (i + k).to(tl.float32) * 0.0
+def dct_tap(i, k, MATRIX, FILTER: tl.constexpr):
+    """Input position and weight of tap k of output position i of an axis of blocks; see csrc/common/pyramid.h."""
+    WIDENS: tl.constexpr = FILTER == UP or FILTER == DOWN_T
+    HALF: tl.constexpr = 0.5 if FILTER == DOWN or FILTER == DOWN_T else 1.0
+    if WIDENS:
+        at = i // 8 * 4 + k
+        weight = tl.load(MATRIX + (i % 8 * 4 + k)) * HALF
+    else:
+        at = i // 4 * 8 + k
+        weight = tl.load(MATRIX + (k * 4 + i % 4)) * HALF
+    return at, weight
+
+
+@triton.jit
+def tap(i, k, n, FILTER: tl.constexpr, KIND: tl.constexpr):
+    """Input position of tap k of output position i of an axis whose input has n positions, laplacian or Haar; weights are in
+    ``combined``."""
     if FILTER == UP and KIND == LAPLACIAN:
-        return clamp(i // 2 + k * (2 * (i % 2) - 1), n), none + (0.75 - 0.5 * k)
-    if FILTER == UP_T and KIND == LAPLACIAN:
-        return clamp(2 * i - 1 + k, n), none + tl.where((k == 1) | (k == 2), 0.75, 0.25)
-    if FILTER == UP or FILTER == DOWN_T:
-        return i // 2 + k, none + (1.0 if FILTER == UP else 0.5)
-    return 2 * i + k, none + (1.0 if FILTER == UP_T else 0.5)
+        at = clamp(i // 2 + k * (2 * (i % 2) - 1), n)
+    elif FILTER == UP_T and KIND == LAPLACIAN:
+        at = clamp(2 * i - 1 + k, n)
+    elif FILTER == UP or FILTER == DOWN_T:
+        at = i // 2 + k
+    else:
+        at = 2 * i + k
+    return at
+
+
+@triton.jit
+def combined(a, b, c, d, TAPS: tl.constexpr, FILTER: tl.constexpr):
+    """What up to four taps of a laplacian or Haar filter give, in the order of operations of the reference; a mean is a sum here."""
+    if TAPS == 1:
+        return a
+    if TAPS == 4:
+        return 0.75 * (b + c) + 0.25 * (a + d)
+    return quarter_way(a, b) if FILTER == UP else a + b
+
+
+@triton.jit
+def frames_of(
+    IN, at, t, T, in_t, mask, MATRIX, FILTER: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, POOL_TIME: tl.constexpr,
+):
+    """The filter along time at offsets ``at`` of frame 0, [n, columns]; t is [n]."""
+    if not POOL_TIME:
+        return grab(IN, at + (t * in_t)[:, None], mask)
+    if KIND == DCT:
+        total = tl.zeros(at.shape, tl.float32)
+        for k in range(TAPS):
+            tt, weight = dct_tap(t, k, MATRIX, FILTER)
+            total += weight[:, None] * grab(IN, at + (tt * in_t)[:, None], mask)
+        return total
+    t0 = tap(t, 0, T, FILTER, KIND)
+    a = grab(IN, at + (t0 * in_t)[:, None], mask)
+    b = a
+    c = a
+    d = a
+    if TAPS > 1:
+        t1 = tap(t, 1, T, FILTER, KIND)
+        b = grab(IN, at + (t1 * in_t)[:, None], mask)
+    if TAPS > 2:
+        t2 = tap(t, 2, T, FILTER, KIND)
+        t3 = tap(t, 3, T, FILTER, KIND)
+        c = grab(IN, at + (t2 * in_t)[:, None], mask)
+        d = grab(IN, at + (t3 * in_t)[:, None], mask)
+    return combined(a, b, c, d, TAPS, FILTER)
+
+
+@triton.jit
+def rows_of(
+    IN, at, t, y, T, H, in_t, in_y, mask, MATRIX, FILTER: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, POOL_TIME: tl.constexpr,
+):
+    """The filter along time and rows at offsets ``at`` of frame 0 and row 0, [n, columns]; t and y are [n]."""
+    if KIND == DCT:
+        total = tl.zeros(at.shape, tl.float32)
+        for k in range(TAPS):
+            yy, weight = dct_tap(y, k, MATRIX, FILTER)
+            total += weight[:, None] * frames_of(
+                IN, at + (yy * in_y)[:, None], t, T, in_t, mask, MATRIX, FILTER, KIND, TAPS, POOL_TIME
+            )
+        return total
+    y0 = tap(y, 0, H, FILTER, KIND)
+    a = frames_of(IN, at + (y0 * in_y)[:, None], t, T, in_t, mask, MATRIX, FILTER, KIND, TAPS, POOL_TIME)
+    b = a
+    c = a
+    d = a
+    if TAPS > 1:
+        y1 = tap(y, 1, H, FILTER, KIND)
+        b = frames_of(IN, at + (y1 * in_y)[:, None], t, T, in_t, mask, MATRIX, FILTER, KIND, TAPS, POOL_TIME)
+    if TAPS > 2:
+        y2 = tap(y, 2, H, FILTER, KIND)
+        y3 = tap(y, 3, H, FILTER, KIND)
+        c = frames_of(IN, at + (y2 * in_y)[:, None], t, T, in_t, mask, MATRIX, FILTER, KIND, TAPS, POOL_TIME)
+        d = frames_of(IN, at + (y3 * in_y)[:, None], t, T, in_t, mask, MATRIX, FILTER, KIND, TAPS, POOL_TIME)
+    return combined(a, b, c, d, TAPS, FILTER)
 
 
 @triton.jit
@@ -199,7 +278,8 @@ def filter_kernel(
     FILTER: tl.constexpr, KIND: tl.constexpr, MODE: tl.constexpr, TAPS: tl.constexpr, POOL_TIME: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """OUT = a filter of IN [T, H, W] (SET), BASE minus it (SUBTRACT) or plus it (ADD). BASE may be OUT."""
+    """OUT = a filter of IN [T, H, W] (SET), BASE minus it (SUBTRACT) or plus it (ADD). BASE may be OUT. One axis after the other, time,
+    rows, columns, as in the reference: the errors of one axis do not add up over the taps of another."""
     pid = tl.program_id(0)
     b = (pid // blocks).to(tl.int64)
     start = (pid % blocks) * BLOCK
@@ -208,19 +288,27 @@ def filter_kernel(
     e = start + tl.arange(0, BLOCK)
     inside = e < count
     c, t, y, x = decode(e, to_T, to_H, to_W)
-    xx, weight_x = tap(x[:, None], tl.arange(0, TAPS)[None, :], W, MATRIX, FILTER, KIND)
-    FRAMES: tl.constexpr = TAPS if POOL_TIME else 1
-    # Frames and rows first, columns last.
-    rows = tl.zeros([BLOCK, TAPS], tl.float32)
-    for i in range(TAPS * FRAMES):
-        yy, weight = tap(y, i // FRAMES, H, MATRIX, FILTER, KIND)
-        tt = t
-        if POOL_TIME:
-            tt, weight_t = tap(t, i % FRAMES, T, MATRIX, FILTER, KIND)
-            weight *= weight_t
-        at = (b * in_b + c * in_c + tt * in_t + yy * in_y)[:, None] + xx
-        rows += weight[:, None] * grab(IN, at, inside[:, None])
-    total = tl.sum(weight_x * rows, 1)
+    columns = tl.arange(0, TAPS)[None, :]
+    if KIND == DCT:
+        xx, weight = dct_tap(x[:, None], columns, MATRIX, FILTER)
+    else:
+        xx = tap(x[:, None], columns, W, FILTER, KIND)
+    at = (b * in_b + c * in_c)[:, None] + xx
+    rows = rows_of(IN, at, t, y, T, H, in_t, in_y, inside[:, None], MATRIX, FILTER, KIND, TAPS, POOL_TIME)
+    if KIND == DCT:
+        total = tl.sum(weight * rows, 1)
+    elif TAPS == 1:
+        total = tl.reshape(rows, [BLOCK])
+    elif TAPS == 2:
+        near, far = tl.split(rows)
+        total = combined(near, far, near, far, TAPS, FILTER)
+    else:
+        even, odd = tl.split(tl.reshape(rows, [BLOCK, 2, 2]))
+        a, third = tl.split(even)
+        second, last = tl.split(odd)
+        total = combined(a, second, third, last, TAPS, FILTER)
+    if KIND != DCT and (FILTER == DOWN or FILTER == DOWN_T):
+        total *= 0.125 if POOL_TIME else 0.25
     if MODE != SET:
         own = grab(BASE, b * base_b + c * base_c + t * base_t + y * base_y + x, inside)
         total = own - total if MODE == SUBTRACT else own + total

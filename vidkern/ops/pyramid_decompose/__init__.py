@@ -6,7 +6,9 @@ Source: Decomposable Flow Matching (arXiv 2506.19839), section 3 and its Table 6
 from __future__ import annotations
 
 from ... import registry
-from ..pyramid import backends, levels
+from ..pyramid import backends, levels, plans
+from ..pyramid.levels import as_volumes, flat_out, handed_out, numel
+from ..pyramid.sharded import by_batch
 from . import cost, reference
 
 __all__ = ["pyramid_decompose"]
@@ -23,16 +25,20 @@ def _allocate_backward(grad, sizes, kind, pool_time, scale, impl):
 def _cpu(outputs, x, sizes, kind, pool_time, scale, impl):
     from ..pyramid import cpu
 
-    cpu.run("pyramid_analysis", sizes, kind=kind, pool_time=pool_time, volume=backends.unit(x), scale=scale,
-            outs=[cpu.flat(outputs[0], sizes)], written=outputs)
+    return cpu.launch(
+        "pyramid_analysis", sizes, kind=kind, pool_time=pool_time, volume=backends.unit(x), scale=scale,
+        outs=[cpu.flat(outputs[0], sizes)], written=outputs,
+    )  # fmt: skip
 
 
 def _cpu_backward(outputs, grad, sizes, kind, pool_time, scale, impl):
     from ..pyramid import cpu
 
     grad = backends.unit(grad)
-    cpu.run("pyramid_analysis_adjoint", sizes, kind=kind, pool_time=pool_time, volume=outputs[0], scale=scale,
-            ins=[cpu.flat(grad, sizes)], written=outputs)
+    return cpu.launch(
+        "pyramid_analysis_adjoint", sizes, kind=kind, pool_time=pool_time, volume=outputs[0], scale=scale, ins=[cpu.flat(grad, sizes)],
+        written=outputs,
+    )  # fmt: skip
 
 
 def _reference(outputs, x, sizes, kind, pool_time, scale, impl):
@@ -45,7 +51,7 @@ def _reference_backward(outputs, grad, sizes, kind, pool_time, scale, impl):
     outputs[0].copy_(reference.backward(levels.split(grad, sizes), kind, pool_time, scale))
 
 
-OP = registry.Op(
+OP = plans.Op(
     "pyramid_decompose",
     "(Tensor x, SymInt[] sizes, str kind, bool pool_time, float[] scale, str impl) -> Tensor",
     allocate=_allocate,
@@ -65,6 +71,15 @@ OP = registry.Op(
 )
 
 
+@plans.remembered
+def _checked(tensors, number, kind, factor, std):
+    volume = levels.volume("x", tensors[0])
+    number, pool_time = levels.count("levels", number), levels.rules(kind, factor)
+    sizes, scale = levels.sizes_of(volume, number, kind, pool_time), levels.scales_of(std, number, inverse=True)
+    return plans.Ready(rest=(sizes, kind, pool_time, scale), places=levels.places(sizes, tensors[0].dim()), sizes=sizes)
+
+
+@by_batch
 def pyramid_decompose(x, *, levels=2, kind="laplacian", factor=(1, 2, 2), std=None, out=None, impl=None):
     """Split a volume into levels: ``X_1 = G_1``, ``X_s = G_s - up(G_{s-1})`` with ``G_S = x`` and ``G_{s-1} = down(G_s)``.
 
@@ -89,16 +104,7 @@ def pyramid_decompose(x, *, levels=2, kind="laplacian", factor=(1, 2, 2), std=No
         TypeError, ValueError: an argument is wrong, or a pooled axis is no multiple of 2^(S-1) (4 times that for "dct").
         BackendUnavailable: the backend named cannot serve these arguments.
     """
-    from ..pyramid import levels as shapes
-
-    volume = shapes.volume("x", x)
-    number = shapes.count("levels", levels)
-    pool_time = shapes.rules(kind, factor)
-    sizes = shapes.sizes_of(volume, number, kind, pool_time)
-    args = (volume, sizes, kind, pool_time, shapes.scales_of(std, number, inverse=True), impl)
-    if out is None:
-        flat = OP(*args)
-    else:
-        flat = shapes.flat_out("out", out, shapes.numel(sizes))
-        OP.call_out((flat,), *args)
-    return shapes.like_input(shapes.split(flat, sizes), x.dim())
+    ready = _checked((x,), levels, kind, factor, std)
+    outs = None if out is None else (flat_out("out", out, numel(ready.sizes)),)
+    (flat,) = OP.serve(ready, [x], lambda: (*as_volumes((x,)), *ready.rest), impl, outs)
+    return handed_out(flat, ready.places)

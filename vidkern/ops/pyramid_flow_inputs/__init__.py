@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 
 from ... import registry
-from ..pyramid import backends, levels
+from ..pyramid import backends, levels, plans
+from ..pyramid.levels import as_volumes, handed_out, random_of
+from ..pyramid.sharded import by_batch
 from . import cost, reference
 
 __all__ = ["flow_coefficients", "pyramid_flow_inputs"]
@@ -49,7 +51,7 @@ def _allocate_backward(dz, dv, table, mask, x_dtype, sizes, given, active, kind,
 
 
 def _views(t, sizes, active, pool_time, patch, zero):
-    """Levels of an output or its gradient (last stride 1) as the launcher takes them: addresses, so the caller keeps ``t``."""
+    """Levels of an output or its gradient (last stride 1) as the launcher takes them."""
     from ..pyramid import cpu
 
     if t is None or t.numel() == 0:
@@ -71,23 +73,20 @@ def _cpu(
         philox=0 if noise else 1, seed=seed, offset=offset, first_sample=first_sample, written=outputs,
     )  # fmt: skip
     if given:
-        cpu.run("pyramid_mix", sizes, ins=[x, noise], **shared)
-    else:
-        cpu.run("pyramid_analysis", sizes, volume=x[0], ins=[None, noise], **shared)
+        return cpu.launch("pyramid_mix", sizes, ins=[x, noise], **shared)
+    return cpu.launch("pyramid_analysis", sizes, volume=x[0], ins=[None, noise], **shared)
 
 
 def _cpu_backward(outputs, dz, dv, table, mask, x_dtype, sizes, given, active, kind, pool_time, scale, patch, zero, impl):
     from ..pyramid import cpu
 
-    kept = backends.unit([dz, dv])
-    ins = [_views(t, sizes, active, pool_time, patch, zero) for t in kept]
+    ins = [_views(t, sizes, active, pool_time, patch, zero) for t in backends.unit([dz, dv])]
     shared = dict(
         kind=kind, pool_time=pool_time, active=active, table=table, mask=backends.dense(mask), scale=scale, ins=ins, written=outputs
     )
     if given:
-        cpu.run("pyramid_mix_adjoint", sizes, outs=[cpu.flat(outputs[0], sizes)], **shared)
-    else:
-        cpu.run("pyramid_analysis_adjoint", sizes, volume=outputs[0], **shared)
+        return cpu.launch("pyramid_mix_adjoint", sizes, outs=[cpu.flat(outputs[0], sizes)], **shared)
+    return cpu.launch("pyramid_analysis_adjoint", sizes, volume=outputs[0], **shared)
 
 
 def _cpu_why_not(
@@ -146,7 +145,7 @@ def _scatter(outputs, args):
     return tuple(levels.split(outputs[0], args[4])) if args[5] else (outputs[0],)
 
 
-OP = registry.Op(
+OP = plans.Op(
     "pyramid_flow_inputs",
     f"(Tensor[] x, Tensor table, Tensor? mask, Tensor[] noise, {_SCHEMA} -> (Tensor z, Tensor v)",
     allocate=_allocate,
@@ -191,6 +190,46 @@ def flow_coefficients(time, *, direction):
     return torch.stack(rows, -1)
 
 
+@plans.remembered
+def _checked(tensors, number, active, std, kind, factor, layout, patch, inactive, dtype, target):
+    x, coefficients, noise, mask = tensors
+    pool_time = levels.rules(kind, factor)
+    given = isinstance(x, (list, tuple))
+    if given:
+        volumes = levels.level_list("x", x)
+        number, sizes = len(volumes), levels.free_sizes(volumes)
+    else:
+        volumes, number = [levels.volume("x", x)], levels.count("levels", number)
+        sizes = levels.sizes_of(volumes[0], number, kind, pool_time)
+    batch, device = sizes[0], volumes[0].device
+    levels.table_of("coefficients", coefficients, batch, number, COLUMNS, device)
+    levels.mask_of("active", mask, batch, number, device)
+    alive = number if mask is not None else levels.active_levels("active", active, number)
+    if inactive not in ("drop", "zero"):
+        raise ValueError(f'inactive: {inactive!r}, expected "drop" or "zero"')
+    if layout not in ("levels", "tokens"):
+        raise ValueError(f'layout: {layout!r}, expected "levels" or "tokens"')
+    cut = []
+    if layout == "tokens":
+        grids = {tuple(n // p for n, p in zip(s[2:], q)) for s, q in zip(levels.shapes(sizes), levels.patches(patch, number, pool_time))}
+        levels.check_patch(patch, sizes)
+        if len(grids) > 1:
+            raise ValueError(f"patch: {patch!r} gives the levels token grids {sorted(grids)}, expected the same for all")
+        cut = list(patch)
+    if noise is not None:
+        _check_noises(noise, volumes[0].dtype, sizes, alive)
+    dtype = volumes[0].dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: {dtype!r}, expected a floating-point torch.dtype")
+    zero = inactive == "zero"
+    return plans.Ready(
+        sizes=sizes, given=given, cut=cut, before=(sizes, given, alive, kind, pool_time, levels.scales_of(std, number, inverse=True)),
+        after=(dtype, cut, zero), places=levels.places(sizes, (x[0] if given else x).dim(), _written(sizes, alive, zero)),
+        target=bool(target),
+    )  # fmt: skip
+
+
+@by_batch
 def pyramid_flow_inputs(
     x, coefficients, *, levels=2, seed=0, offset=0, first_sample=0, noise=None, active=None, std=None, kind="laplacian",
     factor=(1, 2, 2), layout="levels", patch=(1, 1, 1), inactive="drop", target=True, dtype=None, out=None, impl=None,
@@ -228,51 +267,23 @@ def pyramid_flow_inputs(
         TypeError, ValueError: an argument is wrong; the message names it, its value and what was expected.
         BackendUnavailable: the backend named cannot serve these arguments.
     """
-    from ..pyramid import levels as shapes
-
-    pool_time = shapes.rules(kind, factor)
-    given = isinstance(x, (list, tuple))
-    if given:
-        volumes = shapes.level_list("x", x)
-        number, rank, sizes = len(volumes), x[0].dim(), shapes.free_sizes(volumes)
-    else:
-        volumes, number = [shapes.volume("x", x)], shapes.count("levels", levels)
-        rank, sizes = x.dim(), shapes.sizes_of(volumes[0], number, kind, pool_time)
-    batch, device = sizes[0], volumes[0].device
-    table = shapes.table_of("coefficients", coefficients, batch, number, COLUMNS, device)
-    mask = shapes.mask_of("active", active, batch, number, device)
-    alive = number if mask is not None else shapes.active_levels("active", active, number)
-    if inactive not in ("drop", "zero"):
-        raise ValueError(f'inactive: {inactive!r}, expected "drop" or "zero"')
-    if layout not in ("levels", "tokens"):
-        raise ValueError(f'layout: {layout!r}, expected "levels" or "tokens"')
-    cut = []
-    if layout == "tokens":
-        grids = {tuple(n // p for n, p in zip(s[2:], q)) for s, q in zip(shapes.shapes(sizes), shapes.patches(patch, number, pool_time))}
-        shapes.check_patch(patch, sizes)
-        if len(grids) > 1:
-            raise ValueError(f"patch: {patch!r} gives the levels token grids {sorted(grids)}, expected the same for all")
-        cut = list(patch)
-    noises = _noises(noise, volumes[0].dtype, sizes, alive)
-    dtype = volumes[0].dtype if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: {dtype!r}, expected a floating-point torch.dtype")
-    random = shapes.random_of(seed, offset, first_sample, sizes)
-    args = (
-        volumes, table, mask, noises, sizes, given, alive, kind, pool_time, shapes.scales_of(std, number, inverse=True), *random, dtype,
-        cut, inactive == "zero", bool(target), impl,
-    )  # fmt: skip
-    z, v = OP(*args) if out is None else _into(out, args)
-    if layout == "tokens":
-        return (z, v) if target else z
-    n = _written(sizes, alive, inactive == "zero")
-    results = [shapes.like_input(shapes.split(t, sizes, n), rank) for t in ((z, v) if target else (z,))]
-    return tuple(results) if target else results[0]
+    mask = active if isinstance(active, torch.Tensor) else None
+    ready = _checked(
+        (x, coefficients, noise, mask), levels, None if mask is active else active, std, kind, factor, layout, patch, inactive, dtype, target
+    )
+    random = random_of(seed, offset, first_sample, ready.sizes)
+    table, volumes, noise = coefficients, list(x) if ready.given else [x], list(noise or ())
+    if table.shape[0] != ready.sizes[0]:
+        table = table.expand(ready.sizes[0], -1, -1)
+    build = lambda: (as_volumes(volumes), table, mask, as_volumes(noise), *ready.before, *random, *ready.after, ready.target)
+    tensors = [*volumes, table, *noise] if mask is None else [*volumes, table, mask, *noise]
+    z, v = OP.serve(ready, tensors, build, impl, None if out is None else _outs(out, target), random)
+    if not ready.cut:
+        z, v = handed_out(z, ready.places), handed_out(v, ready.places) if target else None
+    return (z, v) if target else z
 
 
-def _noises(noise, dtype, sizes, alive) -> list[torch.Tensor]:
-    if noise is None:
-        return []
+def _check_noises(noise, dtype, sizes, alive) -> None:
     parts = levels.level_list("noise", noise, alive)
     levels.same_shapes("noise", parts, levels.shapes(sizes), "that of its level,")
     for i, n in enumerate(noise):
@@ -280,17 +291,12 @@ def _noises(noise, dtype, sizes, alive) -> list[torch.Tensor]:
             raise ValueError(f"noise[{i}]: requires grad, expected a tensor that does not")
         if n.dtype != dtype:
             raise ValueError(f"noise[{i}]: dtype {n.dtype}, expected x's {dtype}")
-    return parts
 
 
-def _into(out, args):
-    target = args[-2]
+def _outs(out, target):
     outs = list(out) if isinstance(out, (list, tuple)) else [out]
     if len(outs) != (2 if target else 1):
         raise ValueError(f"out: {len(outs)} tensors, expected {'(z, v)' if target else 'z alone'}")
     for name, t in zip("zv", outs):
         levels.tensor(f"out {name}", t)
-    if not target:
-        outs.append(outs[0].new_empty(0))
-    OP.call_out(outs, *args)
-    return outs
+    return outs if target else [*outs, outs[0].new_empty(0)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..pyramid.cost import LARGE as PYRAMIDS_LARGE
 from ..pyramid.cost import PYRAMIDS, Pyramid, filter_flops, value_counts
 
 
@@ -15,6 +16,7 @@ def forward_flops(sizes, active: int) -> int:
 
 
 def backward_flops(sizes, active: int) -> int:
+    """The adjoint of the filters, and the same operations per value."""
     return filter_flops(sizes) + 6 * sum(value_counts(sizes)[:active])
 
 
@@ -41,6 +43,7 @@ class Sample:
 
     @property
     def name(self) -> str:
+        """What tests and reports call it."""
         extra = [self.direction] * (self.direction != "data") + [
             n for n in ("masked", "given_noise", "given_levels", "std") if getattr(self, n)
         ]
@@ -50,13 +53,16 @@ class Sample:
 
     @property
     def flops(self) -> int:
+        """Of the forward."""
         return forward_flops(self.pyramid.sizes, self.active or self.pyramid.levels)
 
     def tensors(self, dtype=torch.float32, device="cpu", seed=0) -> list[torch.Tensor]:
+        """The differentiable inputs."""
         shapes = self.pyramid.level_shapes() if self.given_levels else [self.pyramid.shape]
         return self.pyramid.draw(shapes, dtype, device, seed)
 
     def coefficients(self, device="cpu") -> torch.Tensor:
+        """The table, float32 [B, S, 4]."""
         import vidkern
 
         return vidkern.flow_coefficients(self.pyramid.times(self.direction, device), direction=self.direction)
@@ -79,6 +85,7 @@ class Sample:
         return result
 
     def call(self, *x, **more):
+        """The op on ``tensors``."""
         import vidkern
 
         p, device = self.pyramid, x[0].device
@@ -105,4 +112,9 @@ SAMPLES = (
     Sample(_BY_NAME["video"], patch=(1, 2, 3), active=2, inactive="zero"),
     Sample(_BY_NAME["spacetime"], patch=(1, 2, 2), given_noise=True),
     Sample(replace(_BY_NAME["image"], name="image_wide", size=(8, 40)), patch=(1, 4, 5), masked=True),
+)
+LARGE = (
+    *(Sample(p) for p in PYRAMIDS_LARGE),
+    Sample(PYRAMIDS_LARGE[0], patch=(1, 1, 1), masked=True),
+    Sample(PYRAMIDS_LARGE[2], direction="noise", given_noise=True, active=2),
 )

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 
 from ... import registry
-from ..pyramid import backends, levels
+from ..pyramid import backends, levels, plans
+from ..pyramid.levels import as_volumes
+from ..pyramid.sharded import by_batch
 from . import cost, reference
 
 __all__ = ["pyramid_flow_loss"]
@@ -25,14 +27,14 @@ def _allocate_backward(dloss, dmeans, pred, target, mask, sizes, active, patch, 
 
 
 def _views(tensors, sizes, patch, pool_time):
-    """Levels (last stride 1) as the launcher takes them; for tokens addresses, so the caller keeps ``tensors``."""
+    """Levels (last stride 1) as the launcher takes them."""
     from ..pyramid import cpu
 
     return cpu.tokens(tensors[0], sizes, patch, pool_time, levels.level_count(sizes)) if patch else tensors
 
 
 def _total(means, batch):
-    """Sum over levels of the mean over samples: in float64, so that the order does not matter to the result."""
+    """Sum over levels of the mean over samples, in float64."""
     return means.double().sum() / batch
 
 
@@ -40,12 +42,8 @@ def _cpu(outputs, pred, target, mask, sizes, active, patch, pool_time, impl):
     from ..pyramid import cpu
 
     loss, means = outputs
-    mask, kept = backends.dense(mask), [backends.unit(t) for t in (pred, target)]
-    views = [_views(t, sizes, patch, pool_time) for t in kept]
-    shared = dict(active=active, ins=views, mask=mask, table=means.unsqueeze(2))
-    sums = torch.empty(cpu.loss_runs(sizes, **shared), dtype=torch.float64)
-    cpu.run("pyramid_loss", sizes, sums=sums.data_ptr(), **shared)
-    loss.copy_(_total(means, sizes[0]))
+    views = [_views(backends.unit(t), sizes, patch, pool_time) for t in (pred, target)]
+    return cpu.launch("pyramid_loss", sizes, active=active, ins=views, mask=backends.dense(mask), table=means, loss=loss)
 
 
 def _weights(dloss, dmeans, sizes, math):
@@ -64,10 +62,11 @@ def _cpu_backward(outputs, dloss, dmeans, pred, target, mask, sizes, active, pat
     from ..pyramid import cpu
 
     outs = _views([outputs[0]], sizes, patch, pool_time) if patch else cpu.flat(outputs[0], sizes, len(pred))
-    kept = [backends.unit(t) for t in (pred, target)]
-    views = [_views(t, sizes, patch, pool_time) for t in kept]
-    cpu.run("pyramid_loss_backward", sizes, active=active, ins=views,
-            outs=[outs], mask=backends.dense(mask), table=_weights(dloss, dmeans, sizes, torch.float32), written=outputs)
+    views = [_views(backends.unit(t), sizes, patch, pool_time) for t in (pred, target)]
+    return cpu.launch(
+        "pyramid_loss_backward", sizes, active=active, ins=views, outs=[outs], mask=backends.dense(mask), table=dmeans, loss=dloss,
+        written=outputs,
+    )  # fmt: skip
 
 
 def _parts(tensors, sizes, patch, pool_time):
@@ -101,7 +100,7 @@ def _scatter(outputs, args):
     return (outputs[0],) if args[5] else tuple(levels.split(outputs[0], args[3], len(args[0])))
 
 
-OP = registry.Op(
+OP = plans.Op(
     "pyramid_flow_loss",
     "(Tensor[] pred, Tensor[] target, Tensor? mask, SymInt[] sizes, int active, SymInt[] patch, bool pool_time, str impl)"
     " -> (Tensor loss, Tensor means)",
@@ -123,6 +122,32 @@ OP = registry.Op(
 )
 
 
+@plans.remembered
+def _checked(tensors, layout, patch, shape, number, factor, active):
+    pred, target, mask = tensors
+    pool_time = levels.rules("laplacian", factor)
+    if layout == "levels":
+        preds, targets, cut = levels.level_list("pred", pred), levels.level_list("target", target), []
+        if len(targets) != len(preds):
+            raise ValueError(f"target: {len(targets)} levels, expected pred's {len(preds)}")
+        levels.same_shapes("target", targets, preds, "pred's")
+        sizes = levels.free_sizes(preds)
+    elif layout == "tokens":
+        preds, targets, sizes, cut = *_matrices(pred, target, patch, shape, number, pool_time), list(patch)
+    else:
+        raise ValueError(f'layout: {layout!r}, expected "levels" or "tokens"')
+    number = levels.level_count(sizes)
+    for i, t in enumerate(targets):
+        if t.requires_grad:
+            raise ValueError(f"target[{i}]: requires grad, expected a tensor that does not: only pred is differentiated")
+        if t.device != preds[0].device:
+            raise ValueError(f"target[{i}]: on device {t.device}, expected pred's {preds[0].device}")
+    levels.mask_of("active", mask, sizes[0], number, preds[0].device)
+    alive = number if mask is not None else levels.active_levels("active", active, number)
+    return plans.Ready(rest=(sizes, alive, cut, pool_time), cut=cut)
+
+
+@by_batch
 def pyramid_flow_loss(
     pred, target, *, active=None, layout="levels", patch=(1, 1, 1), shape=None, levels=2, factor=(1, 2, 2), return_levels=False, impl=None
 ):
@@ -150,28 +175,13 @@ def pyramid_flow_loss(
         TypeError, ValueError: an argument is wrong; the message names it, its value and what was expected.
         BackendUnavailable: the backend named cannot serve these arguments.
     """
-    from ..pyramid import levels as shapes
-
-    pool_time = shapes.rules("laplacian", factor)
-    if layout == "levels":
-        preds, targets, cut = shapes.level_list("pred", pred), shapes.level_list("target", target), []
-        if len(targets) != len(preds):
-            raise ValueError(f"target: {len(targets)} levels, expected pred's {len(preds)}")
-        shapes.same_shapes("target", targets, preds, "pred's")
-        sizes = shapes.free_sizes(preds)
-    elif layout == "tokens":
-        preds, targets, sizes, cut = *_matrices(pred, target, patch, shape, levels, pool_time), list(patch)
-    else:
-        raise ValueError(f'layout: {layout!r}, expected "levels" or "tokens"')
-    number = shapes.level_count(sizes)
-    for i, t in enumerate(targets):
-        if t.requires_grad:
-            raise ValueError(f"target[{i}]: requires grad, expected a tensor that does not: only pred is differentiated")
-        if t.device != preds[0].device:
-            raise ValueError(f"target[{i}]: on device {t.device}, expected pred's {preds[0].device}")
-    mask = shapes.mask_of("active", active, sizes[0], number, preds[0].device)
-    alive = number if mask is not None else shapes.active_levels("active", active, number)
-    loss, means = OP(preds, targets, mask, sizes, alive, cut, pool_time, impl)
+    mask = active if isinstance(active, torch.Tensor) else None
+    shape = tuple(shape) if isinstance(shape, (list, torch.Size)) else shape
+    ready = _checked((pred, target, mask), layout, patch, shape, levels, factor, None if mask is active else active)
+    preds, targets = ([pred], [target]) if ready.cut else (pred, target)
+    sides = lambda: ([*preds], [*targets]) if ready.cut else (as_volumes(preds), as_volumes(targets))
+    tensors = [*preds, *targets] if mask is None else [*preds, *targets, mask]
+    loss, means = OP.serve(ready, tensors, lambda: (*sides(), mask, *ready.rest), impl)
     return (loss, means) if return_levels else loss
 
 

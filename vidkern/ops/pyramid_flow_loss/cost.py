@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from ..pyramid import levels
+from ..pyramid.cost import LARGE as PYRAMIDS_LARGE
 from ..pyramid.cost import PYRAMIDS, Pyramid, value_counts
 
 
 def value_counts_per_sample(sizes) -> list[int]:
+    """Values of each level of one sample, coarse to fine."""
     return [n // sizes[0] for n in value_counts(sizes)]
 
 
@@ -45,11 +47,13 @@ class Sample:
 
     @property
     def name(self) -> str:
+        """What tests and reports call it."""
         extra = ["masked"] * self.masked + [f"active{self.active}"] * (self.active is not None) + ["tokens"] * bool(self.patch)
         return "_".join([self.pyramid.name, *extra])
 
     @property
     def flops(self) -> int:
+        """Of the forward."""
         return forward_flops(self.pyramid.sizes, self.active or self.pyramid.levels)
 
     def _shapes(self):
@@ -57,9 +61,11 @@ class Sample:
         return [levels.token_shape(p.sizes, self.patch, p.pool_time)] if self.patch else p.level_shapes()
 
     def tensors(self, dtype=torch.float32, device="cpu", seed=0) -> list[torch.Tensor]:
+        """The predictions."""
         return self.pyramid.draw(self._shapes(), dtype, device, seed)
 
     def targets(self, dtype, device="cpu") -> list[torch.Tensor]:
+        """Smooth made-up targets."""
         result = []
         for shape in self._shapes():
             n = torch.Size(shape).numel()
@@ -74,6 +80,7 @@ class Sample:
         return (s == 0) | ((b[:, None] + s) % 2 == 0)
 
     def call(self, *pred, **more):
+        """The op on ``tensors``, the means returned too."""
         import vidkern
 
         p, targets = self.pyramid, self.targets(pred[0].dtype, pred[0].device)
@@ -94,3 +101,4 @@ SAMPLES = (
     Sample(_BY_NAME["image"], patch=(1, 2, 2)),
     Sample(_BY_NAME["spacetime"], patch=(1, 1, 2), masked=True),
 )
+LARGE = (*(Sample(p) for p in PYRAMIDS_LARGE[:3]), Sample(PYRAMIDS_LARGE[0], patch=(1, 1, 1), masked=True))

@@ -5,10 +5,13 @@ Sources: Decomposable Flow Matching (arXiv 2506.19839), section 3.3; classifier-
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ... import registry
-from ..pyramid import backends, levels
+from ..pyramid import backends, levels, plans
+from ..pyramid.sharded import by_batch
 from . import cost, reference
 
 __all__ = ["pyramid_flow_step"]
@@ -36,7 +39,7 @@ def _allocate_backward(
 
 
 def _input_views(t, sizes, upcoming, pool_time, patch, zero):
-    """Levels of the model input or its gradient (last stride 1): addresses, so the caller keeps ``t``."""
+    """Levels of the model input or its gradient (last stride 1)."""
     from ..pyramid import cpu
 
     if t is None or t.numel() == 0:
@@ -50,12 +53,13 @@ def _cpu(outputs, z, cond, uncond, table, sizes, active, upcoming, kind, pool_ti
 
     z, cond, uncond = (backends.unit(t) for t in (z, cond, uncond))
     if merge:
-        cpu.run("pyramid_synthesis", sizes, kind=kind, pool_time=pool_time, active=active, volume=outputs[0], scale=scale,
-                ins=[z, cond, uncond], table=table, written=outputs)
-        return
+        return cpu.launch(
+            "pyramid_synthesis", sizes, kind=kind, pool_time=pool_time, active=active, volume=outputs[0], scale=scale,
+            ins=[z, cond, uncond], table=table, written=outputs,
+        )  # fmt: skip
     used = max(active, upcoming)
     outs = [cpu.flat(outputs[0], sizes, active), _input_views(outputs[1], sizes, upcoming, pool_time, patch, zero)]
-    cpu.run("pyramid_step", sizes, active=upcoming, ins=[z[:used], cond, uncond], outs=outs, table=table, written=outputs)
+    return cpu.launch("pyramid_step", sizes, active=upcoming, ins=[z[:used], cond, uncond], outs=outs, table=table, written=outputs)
 
 
 def _cpu_backward(
@@ -66,20 +70,20 @@ def _cpu_backward(
 
     dz, dcond, duncond = outputs
     dstate, dinput = backends.unit(dstate), backends.unit(dinput)
-    if not guided:
-        # Without an unconditional half the velocity is the conditional one: weight dt.
-        table = torch.stack((table[..., 0], torch.ones_like(table[..., 0])), -1)
     outs = [cpu.flat(dcond, sizes, active), cpu.flat(duncond, sizes, active) if guided else None]
     if merge:
-        cpu.run("pyramid_synthesis_adjoint", sizes, kind=kind, pool_time=pool_time, volume=dstate, scale=scale,
-                outs=[cpu.flat(dz, sizes), *outs], table=table, written=outputs)
-        return
+        return cpu.launch(
+            "pyramid_synthesis_adjoint", sizes, kind=kind, pool_time=pool_time, volume=dstate, scale=scale,
+            outs=[cpu.flat(dz, sizes), *outs], table=table, written=outputs,
+        )  # fmt: skip
     n = max(active, upcoming)
     ins = [
         None if dstate is None else cpu.flat(dstate, sizes, active),
         _cut(_input_views(dinput, sizes, upcoming, pool_time, patch, zero), upcoming),
     ]
-    cpu.run("pyramid_step_adjoint", sizes, active=active, ins=ins, outs=[cpu.flat(dz, sizes, n), *outs], table=table, written=outputs)
+    return cpu.launch(
+        "pyramid_step_adjoint", sizes, active=active, ins=ins, outs=[cpu.flat(dz, sizes, n), *outs], table=table, written=outputs
+    )
 
 
 def _cut(views, n):
@@ -154,7 +158,7 @@ def _scatter(outputs, args):
 
 
 _SCHEMA = "Tensor table, SymInt[] sizes, int active, int upcoming, "
-OP = registry.Op(
+OP = plans.Op(
     "pyramid_flow_step",
     f"(Tensor[] z, Tensor[] cond, Tensor[] uncond, {_SCHEMA}str kind, bool pool_time, float[] scale, ScalarType dtype, "
     "SymInt[] patch, bool zero, bool merge, str impl) -> (Tensor state, Tensor model_input)",
@@ -175,6 +179,44 @@ OP = registry.Op(
 )
 
 
+@plans.remembered
+def _checked(tensors, active, next_active, dtype, layout, patch, inactive, merge, std, kind, factor):
+    z, cond, uncond = tensors
+    pool_time = levels.rules(kind, factor)
+    states = levels.level_list("z", z)
+    number = len(states)
+    sizes = levels.sizes_of_levels("z", states, kind, pool_time) if merge else levels.free_sizes(states)
+    alive = levels.active_levels("active", active, number)
+    if merge and alive != number:
+        raise ValueError(f"active: {active!r}, expected all {number} levels to be active on the last step (merge=True)")
+    upcoming = 0 if merge else _upcoming(next_active, alive, number)
+    if cond is None:
+        raise TypeError("cond: NoneType, expected a non-empty list of level tensors, coarse to fine")
+    velocity = _check_velocities("cond", cond, states, alive)
+    if uncond is not None and _check_velocities("uncond", uncond, states, alive) != velocity:
+        raise ValueError(f"uncond[0]: dtype {uncond[0].dtype}, expected cond's {velocity}")
+    if inactive not in ("drop", "zero"):
+        raise ValueError(f'inactive: {inactive!r}, expected "drop" or "zero"')
+    if layout not in ("levels", "tokens"):
+        raise ValueError(f'layout: {layout!r}, expected "levels" or "tokens"')
+    cut = []
+    if layout == "tokens" and upcoming:
+        levels.sizes_of_levels("z", states, "laplacian", pool_time)
+        levels.patches(patch, number, pool_time)
+        levels.check_patch(patch, sizes)
+        cut = list(patch)
+    dtype = z[0].dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: {dtype!r}, expected a floating-point torch.dtype")
+    zero, rank, scale = inactive == "zero", z[0].dim(), levels.scales_of(std, number, inverse=False)
+    return plans.Ready(
+        sizes=sizes, alive=alive, upcoming=upcoming, cut=cut, moved=levels.places(sizes, rank, alive),
+        given=levels.places(sizes, rank, number if zero else upcoming),
+        rest=(sizes, alive, upcoming, kind, pool_time, scale, dtype, cut, zero, bool(merge)),
+    )
+
+
+@by_batch
 def pyramid_flow_step(
     z, cond, uncond=None, *, dt, guidance=1.0, active=None, next_active=None, dtype=None, layout="levels", patch=(1, 1, 1),
     inactive="drop", merge=False, std=None, kind="laplacian", factor=(1, 2, 2), out=None, impl=None,
@@ -209,51 +251,26 @@ def pyramid_flow_step(
         TypeError, ValueError: an argument is wrong; the message names it, its value and what was expected.
         BackendUnavailable: the backend named cannot serve these arguments.
     """
-    pool_time = levels.rules(kind, factor)
-    states = levels.level_list("z", z)
-    number, rank = len(states), z[0].dim()
-    sizes = levels.sizes_of_levels("z", states, kind, pool_time) if merge else levels.free_sizes(states)
-    alive = levels.active_levels("active", active, number)
-    if merge and alive != number:
-        raise ValueError(f"active: {active!r}, expected all {number} levels to be active on the last step (merge=True)")
-    upcoming = 0 if merge else _upcoming(next_active, alive, number)
-    velocities = [_velocities(name, v, states, alive) for name, v in (("cond", cond), ("uncond", uncond))]
-    if not velocities[0]:
-        raise TypeError("cond: NoneType, expected a non-empty list of level tensors, coarse to fine")
-    if velocities[1] and velocities[1][0].dtype != velocities[0][0].dtype:
-        raise ValueError(f"uncond[0]: dtype {velocities[1][0].dtype}, expected cond's {velocities[0][0].dtype}")
-    if inactive not in ("drop", "zero"):
-        raise ValueError(f'inactive: {inactive!r}, expected "drop" or "zero"')
-    if layout not in ("levels", "tokens"):
-        raise ValueError(f'layout: {layout!r}, expected "levels" or "tokens"')
-    cut = []
-    if layout == "tokens" and upcoming:
-        levels.sizes_of_levels("z", states, "laplacian", pool_time)
-        levels.patches(patch, number, pool_time)
-        levels.check_patch(patch, sizes)
-        cut = list(patch)
-    dtype = z[0].dtype if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: {dtype!r}, expected a floating-point torch.dtype")
-    table = torch.stack([_per_level(n, t, sizes[0], number, z[0].device) for n, t in (("dt", dt), ("guidance", guidance))], -1)
-    args = (
-        states, *velocities, table, sizes, alive, upcoming, kind, pool_time, levels.scales_of(std, number, inverse=False), dtype, cut,
-        inactive == "zero", bool(merge), impl,
-    )  # fmt: skip
-    if out is None:
-        state, model_input = OP(*args)
-    else:
-        state, model_input = _outs(out, merge, upcoming, states)
-        OP.call_out((state, model_input), *args)
+    ready = _checked((z, cond, uncond), active, next_active, dtype, layout, patch, inactive, merge, std, kind, factor)
+    if uncond is None and not isinstance(guidance, torch.Tensor) and guidance != 1 and any(w != 1 for w in _listed(guidance)):
+        raise ValueError(f"guidance: {guidance!r} without uncond, expected 1, or the unconditional velocities")
+    alive = ready.alive
+    velocities = cond[:alive], uncond[:alive] if uncond else []
+    quiet = plans.alone()
+    table = _table(dt, guidance, ready.sizes[0], len(z), z[0].device, quiet)
+    build = lambda: (levels.as_volumes(z), *map(levels.as_volumes, velocities), table, *ready.rest)
+    outs = None if out is None else _outs(out, merge, ready.upcoming, z)
+    state, model_input = OP.serve(ready, [*z, *velocities[0], *velocities[1], table], build, impl, outs, quiet=quiet)
     if merge:
-        return state.squeeze(2) if rank == 4 else state
-    moved = levels.like_input(levels.split(state, sizes, alive), rank)
-    result = [*moved, *z[alive:]]
-    if not upcoming:
+        return state.squeeze(2) if z[0].dim() == 4 else state
+    result = [*levels.handed_out(state, ready.moved), *z[alive:]]
+    if not ready.upcoming:
         return result, None
-    if layout == "tokens":
-        return result, model_input
-    return result, levels.like_input(levels.split(model_input, sizes, number if inactive == "zero" else upcoming), rank)
+    return result, model_input if ready.cut else levels.handed_out(model_input, ready.given)
+
+
+def _listed(value):
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _outs(out, merge, upcoming, states):
@@ -274,9 +291,7 @@ def _upcoming(next_active, alive, number) -> int:
     return levels.active_levels("next_active", alive if next_active is None else next_active, number)
 
 
-def _velocities(name, given, states, alive):
-    if given is None:
-        return []
+def _check_velocities(name, given, states, alive) -> torch.dtype:
     parts = levels.level_list(name, given)
     if len(parts) < alive:
         raise ValueError(f"{name}: {len(parts)} levels, expected the {alive} active ones")
@@ -284,11 +299,34 @@ def _velocities(name, given, states, alive):
     levels.same_shapes(name, parts, states, "z's")
     if parts[0].device != states[0].device:
         raise ValueError(f"{name}[0]: on device {parts[0].device}, expected z's {states[0].device}")
-    return parts
+    return parts[0].dtype
+
+
+def _table(dt, guidance, batch, number, device, quiet) -> torch.Tensor:
+    """float32 [B, S, 2] of (dt, guidance); kept for numbers where ``quiet``."""
+    numbers = tuple(tuple(v) if isinstance(v, list) else v for v in (dt, guidance))
+    if quiet and all(isinstance(v, (int, float, tuple)) for v in numbers):
+        return _constant(numbers, tuple(map(type, numbers)), batch, number, device)
+    return _rows(dt, guidance, batch, number, device)
+
+
+def _rows(dt, guidance, batch, number, device) -> torch.Tensor:
+    rows = [_per_level(name, value, batch, number, device) for name, value in (("dt", dt), ("guidance", guidance))]
+    if rows[0].dim() != rows[1].dim():
+        rows = [r.expand(batch, number) for r in rows]
+    return torch.stack(rows, -1).expand(batch, number, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(values, kinds, batch, number, device) -> torch.Tensor:
+    """The same for numbers, kept: a schedule comes back with every picture, and a copy to the device at every step would be waited for.
+    ``kinds`` tells numbers apart that compare equal."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _rows(*values, batch, number, device)
 
 
 def _per_level(name, value, batch, number, device):
-    """A number, S numbers or a tensor as float32 [B, S]."""
+    """A number, S numbers or a tensor as float32 [S] or [B, S]."""
     if isinstance(value, torch.Tensor):
         if value.dtype is not torch.float32 or tuple(value.shape) not in ((number,), (batch, number)) or value.device != device:
             raise ValueError(
@@ -297,8 +335,8 @@ def _per_level(name, value, batch, number, device):
             )
         if value.requires_grad:
             raise ValueError(f"{name}: requires grad, expected a tensor that does not")
-        return value.expand(batch, number)
+        return value
     values = list(value) if isinstance(value, (list, tuple)) else [value] * number
     if len(values) != number or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        raise ValueError(f"{name}: {value!r}, expected a number, {number} numbers, or a float32 tensor [S] or [B, S]")
-    return torch.tensor(values, dtype=torch.float32, device=device).expand(batch, number)
+        raise ValueError(f"{name}: {list(value) if isinstance(value, tuple) else value!r}, expected a number, {number} numbers, or a float32 tensor [S] or [B, S]")
+    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..pyramid.cost import LARGE as PYRAMIDS_LARGE
 from ..pyramid.cost import PYRAMIDS, Pyramid, value_counts
 
 
@@ -42,16 +43,19 @@ class Sample:
 
     @property
     def name(self) -> str:
+        """What tests and reports call it."""
         extra = [n for n in ("merge", "std") if getattr(self, n)] + ["unguided"] * (not self.guided)
         extra += [f"active{self.active}to{self.next_active}"] * (self.active is not None) + ["tokens"] * bool(self.patch)
         return "_".join([self.pyramid.name, *extra, *[self.inactive] * (self.inactive != "drop")])
 
     @property
     def moved(self) -> int:
+        """How many levels move."""
         return self.active or self.pyramid.levels
 
     @property
     def flops(self) -> int:
+        """Of the forward."""
         return forward_flops(self.pyramid.sizes, self.moved, self.guided)
 
     def tensors(self, dtype=torch.float32, device="cpu", seed=0) -> list[torch.Tensor]:
@@ -67,6 +71,7 @@ class Sample:
         return p.times(device=device) / 4, 1 + p.times(device=device)
 
     def call(self, *tensors, **more):
+        """The op on ``tensors``."""
         import vidkern
 
         p = self.pyramid
@@ -91,4 +96,9 @@ SAMPLES = (
     Sample(_BY_NAME["video"], active=2, next_active=1, inactive="zero"),
     Sample(_BY_NAME["video"], patch=(1, 2, 3), active=1, next_active=2, inactive="zero"),
     Sample(_BY_NAME["spacetime"], patch=(1, 2, 2)),
+)
+LARGE = (
+    *(Sample(p, merge=merge) for p in PYRAMIDS_LARGE[:3] for merge in (False, True)),
+    *(Sample(p, merge=True) for p in PYRAMIDS_LARGE[3:]),
+    Sample(PYRAMIDS_LARGE[0], patch=(1, 1, 1)),
 )

@@ -29,10 +29,12 @@ def forward(z, cond, uncond, table, active):
 
 
 def merged(state, kind, pool_time, scale):
+    """The volume that the levels after the step, times ``scale``, give."""
     return filters.merge([k * p for k, p in zip(scale, state)], kind, pool_time)
 
 
 def merged_backward(grad, levels, kind, pool_time, scale):
+    """Gradients of the levels after the step from that of the volume."""
     return [k * g for k, g in zip(scale, filters.merge_adjoint(grad.to(math_dtype(grad)), levels, kind, pool_time))]
 
 

@@ -6,7 +6,8 @@ Source: Decomposable Flow Matching (arXiv 2506.19839), section 3.
 from __future__ import annotations
 
 from ... import registry
-from ..pyramid import backends, levels
+from ..pyramid import backends, levels, plans
+from ..pyramid.sharded import by_batch
 from . import cost, reference
 
 __all__ = ["pyramid_merge"]
@@ -23,15 +24,19 @@ def _allocate_backward(grad, sizes, kind, pool_time, scale, impl):
 def _cpu(outputs, parts, sizes, kind, pool_time, scale, impl):
     from ..pyramid import cpu
 
-    cpu.run("pyramid_synthesis", sizes, kind=kind, pool_time=pool_time, volume=outputs[0], scale=scale,
-            ins=[backends.unit(parts)], written=outputs)
+    return cpu.launch(
+        "pyramid_synthesis", sizes, kind=kind, pool_time=pool_time, volume=outputs[0], scale=scale, ins=[backends.unit(parts)],
+        written=outputs,
+    )  # fmt: skip
 
 
 def _cpu_backward(outputs, grad, sizes, kind, pool_time, scale, impl):
     from ..pyramid import cpu
 
-    cpu.run("pyramid_synthesis_adjoint", sizes, kind=kind, pool_time=pool_time, volume=backends.unit(grad), scale=scale,
-            outs=[cpu.flat(outputs[0], sizes)], written=outputs)
+    return cpu.launch(
+        "pyramid_synthesis_adjoint", sizes, kind=kind, pool_time=pool_time, volume=backends.unit(grad), scale=scale,
+        outs=[cpu.flat(outputs[0], sizes)], written=outputs,
+    )  # fmt: skip
 
 
 def _reference(outputs, parts, sizes, kind, pool_time, scale, impl):
@@ -44,7 +49,7 @@ def _reference_backward(outputs, grad, sizes, kind, pool_time, scale, impl):
         target.copy_(g)
 
 
-OP = registry.Op(
+OP = plans.Op(
     "pyramid_merge",
     "(Tensor[] parts, SymInt[] sizes, str kind, bool pool_time, float[] scale, str impl) -> Tensor",
     allocate=_allocate,
@@ -64,6 +69,15 @@ OP = registry.Op(
 )
 
 
+@plans.remembered
+def _checked(tensors, kind, factor, std):
+    pool_time = levels.rules(kind, factor)
+    volumes = levels.level_list("parts", tensors[0])
+    sizes, scale = levels.sizes_of_levels("parts", volumes, kind, pool_time), levels.scales_of(std, len(volumes), inverse=False)
+    return plans.Ready(rest=(sizes, kind, pool_time, scale))
+
+
+@by_batch
 def pyramid_merge(parts, *, kind="laplacian", factor=(1, 2, 2), std=None, out=None, impl=None):
     """Put levels together: ``R_1 = X_1``, ``R_s = up(R_{s-1}) + X_s``; the result is ``R_S``.
 
@@ -84,13 +98,9 @@ def pyramid_merge(parts, *, kind="laplacian", factor=(1, 2, 2), std=None, out=No
         TypeError, ValueError: an argument is wrong; the message names it, its value and what was expected.
         BackendUnavailable: the backend named cannot serve these arguments.
     """
-    pool_time = levels.rules(kind, factor)
-    volumes = levels.level_list("parts", parts)
-    sizes = levels.sizes_of_levels("parts", volumes, kind, pool_time)
-    args = (volumes, sizes, kind, pool_time, levels.scales_of(std, len(volumes), inverse=False), impl)
-    if out is None:
-        merged = OP(*args)
-        return merged.squeeze(2) if parts[0].dim() == 4 else merged
-    levels.tensor("out", out)
-    OP.call_out((out.unsqueeze(2) if out.dim() == 4 else out,), *args)
-    return out
+    ready = _checked((parts,), kind, factor, std)
+    outs = None if out is None else levels.as_volumes([levels.tensor("out", out)])
+    (merged,) = OP.serve(ready, list(parts), lambda: (levels.as_volumes(parts), *ready.rest), impl, outs)
+    if out is not None:
+        return out
+    return merged.squeeze(2) if parts[0].dim() == 4 else merged

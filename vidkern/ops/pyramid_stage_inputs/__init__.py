@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from ... import registry
-from ..pyramid import backends, levels
+from ..pyramid import backends, levels, plans
+from ..pyramid.sharded import by_batch
 from . import cost, reference
 from .schedule import Stage, pyramid_stages
 
@@ -43,9 +44,11 @@ def _cpu(outputs, x, noise, table, sizes, stage, seed, offset, first_sample, dty
     z, v = outputs
     top, noise = levels.level_count(sizes) - 1, backends.unit(noise)
     shape, own = _kernel_sizes(sizes, stage)
-    cpu.run("pyramid_stage", shape, kind="haar", active=own, volume=backends.unit(x), ins=[None if noise is None else [noise]],
-            outs=[[z], [v]], table=table, philox=noise is None, seed=seed, offset=offset, first_sample=first_sample, level_index=top,
-            written=outputs)
+    return cpu.launch(
+        "pyramid_stage", shape, kind="haar", active=own, volume=backends.unit(x), ins=[None if noise is None else [noise]],
+        outs=[[z], [v]], table=table, philox=noise is None, seed=seed, offset=offset, first_sample=first_sample, level_index=top,
+        written=outputs,
+    )  # fmt: skip
 
 
 def _cpu_backward(outputs, dz, dv, table, x_dtype, sizes, stage, impl):
@@ -53,7 +56,7 @@ def _cpu_backward(outputs, dz, dv, table, x_dtype, sizes, stage, impl):
 
     shape, own = _kernel_sizes(sizes, stage)
     ins = [None if g is None else [backends.unit(g)] for g in (dz, dv)]
-    cpu.run("pyramid_stage_adjoint", shape, kind="haar", active=own, volume=outputs[0], ins=ins, table=table, written=outputs)
+    return cpu.launch("pyramid_stage_adjoint", shape, kind="haar", active=own, volume=outputs[0], ins=ins, table=table, written=outputs)
 
 
 def _cpu_why_not(x, noise, table, sizes, stage, seed, offset, first_sample, dtype, impl):
@@ -72,7 +75,7 @@ def _reference_backward(outputs, dz, dv, table, x_dtype, sizes, stage, impl):
     outputs[0].copy_(reference.backward(dz, dv, table, sizes=sizes, stage=stage))
 
 
-OP = registry.Op(
+OP = plans.Op(
     "pyramid_stage_inputs",
     "(Tensor x, Tensor? noise, Tensor table, SymInt[] sizes, int stage, int seed, int offset, int first_sample, ScalarType dtype, "
     "str impl) -> (Tensor z, Tensor v)",
@@ -91,6 +94,29 @@ OP = registry.Op(
 )
 
 
+@plans.remembered
+def _checked(tensors, stages, stage, dtype):
+    x, table, noise = tensors
+    volume = levels.volume("x", x)
+    number = levels.count("stages", stages)
+    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage < number:
+        raise ValueError(f"stage: {stage!r}, expected 0 to {number - 1}")
+    sizes = levels.sizes_of(volume, number, "haar", False)
+    levels.tensor("table", table)
+    if table.dim() != 2:
+        raise ValueError(f"table: shape {tuple(table.shape)}, expected [B, 3] with ({', '.join(COLUMNS)})")
+    levels.table_of("table", table[:, None], sizes[0], 1, COLUMNS, volume.device)
+    if noise is not None:
+        levels.same_shapes("noise", [levels.volume("noise", noise)], [volume], "x's")
+        if noise.dtype != x.dtype or noise.requires_grad:
+            raise ValueError(f"noise: dtype {noise.dtype}, requires_grad {noise.requires_grad}, expected x's {x.dtype} and no gradient")
+    dtype = x.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: {dtype!r}, expected a floating-point torch.dtype")
+    return plans.Ready(sizes=sizes, stage=stage, dtype=dtype)
+
+
+@by_batch
 def pyramid_stage_inputs(
     x, table, *, stages=3, stage=0, seed=0, offset=0, first_sample=0, noise=None, dtype=None, out=None, impl=None
 ):
@@ -119,28 +145,15 @@ def pyramid_stage_inputs(
         TypeError, ValueError: an argument is wrong; the message names it, its value and what was expected.
         BackendUnavailable: the backend named cannot serve these arguments.
     """
-    volume = levels.volume("x", x)
-    number = levels.count("stages", stages)
-    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage < number:
-        raise ValueError(f"stage: {stage!r}, expected 0 to {number - 1}")
-    sizes = levels.sizes_of(volume, number, "haar", False)
-    levels.tensor("table", table)
-    if table.dim() != 2:
-        raise ValueError(f"table: shape {tuple(table.shape)}, expected [B, 3] with ({', '.join(COLUMNS)})")
-    table = levels.table_of("table", table[:, None], sizes[0], 1, COLUMNS, volume.device)[:, 0]
-    if noise is not None:
-        given = levels.volume("noise", noise)
-        levels.same_shapes("noise", [given], [volume], "x's")
-        if noise.dtype != x.dtype or noise.requires_grad:
-            raise ValueError(f"noise: dtype {noise.dtype}, requires_grad {noise.requires_grad}, expected x's {x.dtype} and no gradient")
-        noise = given
-    dtype = x.dtype if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: {dtype!r}, expected a floating-point torch.dtype")
-    args = (volume, noise, table, sizes, stage, *levels.random_of(seed, offset, first_sample, sizes), dtype, impl)
-    if out is None:
-        return tuple(levels.like_input(OP(*args), x.dim()))
-    if not isinstance(out, (list, tuple)) or len(out) != 2:
-        raise TypeError("out: expected two tensors (z, v)")
-    OP.call_out([levels.volume(f"out {n}", t) for n, t in zip("zv", out)], *args)
-    return tuple(out)
+    ready = _checked((x, table, noise), stages, stage, dtype)
+    random = levels.random_of(seed, offset, first_sample, ready.sizes)
+    table = table if table.shape[0] == ready.sizes[0] else table.expand(ready.sizes[0], -1)
+    tensors, rest = [x, table] if noise is None else [x, noise, table], (table, ready.sizes, ready.stage, *random, ready.dtype)
+    build = lambda: (*levels.as_volumes((x,)), None if noise is None else levels.as_volumes((noise,))[0], *rest)
+    if out is not None:
+        if not isinstance(out, (list, tuple)) or len(out) != 2:
+            raise TypeError("out: expected two tensors (z, v)")
+        OP.serve(ready, tensors, build, impl, [levels.volume(f"out {n}", t) for n, t in zip("zv", out)], random)
+        return tuple(out)
+    z, v = OP.serve(ready, tensors, build, impl, None, random)
+    return (z.squeeze(2), v.squeeze(2)) if x.dim() == 4 else (z, v)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..pyramid.cost import LARGE as PYRAMIDS_LARGE
 from ..pyramid.cost import PYRAMIDS, Pyramid, filter_flops, value_counts
 
 
@@ -15,6 +16,7 @@ def forward_flops(sizes, stage: int) -> int:
 
 
 def backward_flops(sizes, stage: int) -> int:
+    """The adjoint of the filters, and the same operations per value."""
     return filter_flops(sizes) + 10 * value_counts(sizes)[stage]
 
 
@@ -34,16 +36,20 @@ class Sample:
 
     @property
     def name(self) -> str:
+        """What tests and reports call it."""
         return f"{self.pyramid.name}_stage{self.stage}" + "_given_noise" * self.given_noise
 
     @property
     def flops(self) -> int:
+        """Of the forward."""
         return forward_flops(self.pyramid.sizes, self.stage)
 
     def tensors(self, dtype=torch.float32, device="cpu", seed=0) -> list[torch.Tensor]:
+        """The differentiable inputs."""
         return self.pyramid.draw([self.pyramid.shape], dtype, device, seed)
 
     def table(self, device="cpu") -> torch.Tensor:
+        """The table that the op reads."""
         import vidkern
 
         ends = vidkern.pyramid_stages(self.pyramid.levels)[self.stage]
@@ -51,11 +57,13 @@ class Sample:
         return torch.stack((torch.full_like(r, ends.start), torch.full_like(r, ends.end), r), -1)
 
     def noise(self, x):
+        """Smooth made-up values in place of noise, or None."""
         if not self.given_noise:
             return None
         return torch.sin(torch.arange(x.numel(), dtype=torch.float32, device=x.device) * 1.7).view(x.shape).to(x.dtype)
 
     def call(self, x, **more):
+        """The op on ``tensors``."""
         import vidkern
 
         return vidkern.pyramid_stage_inputs(
@@ -73,4 +81,10 @@ SAMPLES = (
     Sample(_BY_NAME["wide"], 2),
     Sample(_BY_NAME["one_level"], 0),
     Sample(_BY_NAME["haar"], 1, given_noise=True),
+)
+LARGE = (
+    Sample(PYRAMIDS_LARGE[0], 1),
+    *(Sample(PYRAMIDS_LARGE[2], k) for k in range(3)),
+    Sample(PYRAMIDS_LARGE[4], 1),
+    Sample(PYRAMIDS_LARGE[1], 1, given_noise=True),
 )

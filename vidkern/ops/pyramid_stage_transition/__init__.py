@@ -5,10 +5,13 @@ Source: Pyramidal Flow Matching (arXiv 2410.05954), section 3.3, equations 13 to
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ... import registry
-from ..pyramid import backends, levels
+from ..pyramid import backends, levels, plans
+from ..pyramid.sharded import by_batch
 from . import cost, reference
 
 __all__ = ["pyramid_stage_transition"]
@@ -28,14 +31,18 @@ def _cpu(outputs, z, noise, table, sizes, level, seed, offset, first_sample, imp
     from ..pyramid import cpu
 
     z, noise = backends.unit(z), backends.unit(noise)
-    cpu.run("pyramid_transition", sizes, kind="haar", volume=outputs[0], ins=[[z], None if noise is None else [noise]], table=table,
-            philox=noise is None, seed=seed, offset=offset, first_sample=first_sample, level_index=level, written=outputs)
+    return cpu.launch(
+        "pyramid_transition", sizes, kind="haar", volume=outputs[0], ins=[[z], None if noise is None else [noise]], table=table,
+        philox=noise is None, seed=seed, offset=offset, first_sample=first_sample, level_index=level, written=outputs,
+    )  # fmt: skip
 
 
 def _cpu_backward(outputs, grad, table, sizes, impl):
     from ..pyramid import cpu
 
-    cpu.run("pyramid_transition_adjoint", sizes, kind="haar", volume=backends.unit(grad), outs=[[outputs[0]]], table=table, written=outputs)
+    return cpu.launch(
+        "pyramid_transition_adjoint", sizes, kind="haar", volume=backends.unit(grad), outs=[[outputs[0]]], table=table, written=outputs
+    )
 
 
 def _reference(outputs, z, noise, table, sizes, level, seed, offset, first_sample, impl):
@@ -48,7 +55,7 @@ def _reference_backward(outputs, grad, table, sizes, impl):
     outputs[0].copy_(reference.backward(grad, table))
 
 
-OP = registry.Op(
+OP = plans.Op(
     "pyramid_stage_transition",
     "(Tensor z, Tensor? noise, Tensor table, SymInt[] sizes, int level, int seed, int offset, int first_sample, str impl) -> Tensor",
     allocate=_allocate,
@@ -69,6 +76,45 @@ OP = registry.Op(
 )
 
 
+@plans.remembered
+def _checked(tensors, level):
+    z, scale, spread, noise = tensors
+    b, c, t, h, w = levels.volume("z", z).shape
+    sizes = [b, c, t, h, w, t, 2 * h, 2 * w]
+    for name, value in (("scale", scale), ("spread", spread)):
+        if value is None:
+            continue
+        if value.dtype is not torch.float32 or tuple(value.shape) != (b,) or value.device != z.device or value.requires_grad:
+            raise ValueError(f"{name}: {tuple(value.shape)} {value.dtype} on {value.device}, expected float32 [B] = {(b,)} on {z.device}")
+    if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < levels.MAX_LEVELS:
+        raise ValueError(f"level: {level!r}, expected 0 to {levels.MAX_LEVELS - 1}")
+    if noise is not None:
+        levels.same_shapes("noise", [levels.volume("noise", noise)], [levels.shapes(sizes)[1]], "the new resolution,")
+        if noise.dtype != z.dtype or noise.requires_grad:
+            raise ValueError(f"noise: dtype {noise.dtype}, requires_grad {noise.requires_grad}, expected z's {z.dtype} and no gradient")
+    return plans.Ready(sizes=sizes, level=level)
+
+
+def _table(scale, spread, batch, device) -> torch.Tensor:
+    """float32 [B, 2] of (scale, spread)."""
+    for name, value in (("scale", scale), ("spread", spread)):
+        if not isinstance(value, torch.Tensor) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{name}: {value!r}, expected a number or a float32 tensor [B]")
+    if not isinstance(scale, torch.Tensor) and not isinstance(spread, torch.Tensor):
+        scale, spread = float(scale), float(spread)
+        return _constant(scale, spread, batch, device) if plans.alone() else _constant.__wrapped__(scale, spread, batch, device)
+    columns = (v if isinstance(v, torch.Tensor) else torch.full((batch,), float(v), device=device) for v in (scale, spread))
+    return torch.stack(tuple(columns), -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(scale, spread, batch, device) -> torch.Tensor:
+    """The same for numbers, kept: there are as many pairs as stages."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor([[scale, spread]], dtype=torch.float32, device=device).expand(batch, 2)
+
+
+@by_batch
 def pyramid_stage_transition(z, scale, spread, *, level=1, seed=0, offset=0, first_sample=0, noise=None, out=None, impl=None):
     """``scale * up(z) + spread * n`` with nearest upsampling and n of zero mean in every 2x2 block: variance 1, correlation -1/3.
 
@@ -91,30 +137,13 @@ def pyramid_stage_transition(z, scale, spread, *, level=1, seed=0, offset=0, fir
         TypeError, ValueError: an argument is wrong; the message names it, its value and what was expected.
         BackendUnavailable: the backend named cannot serve these arguments.
     """
-    volume = levels.volume("z", z)
-    b, c, t, h, w = volume.shape
-    sizes = [b, c, t, h, w, t, 2 * h, 2 * w]
-    columns = []
-    for name, value in (("scale", scale), ("spread", spread)):
-        if isinstance(value, torch.Tensor):
-            if value.dtype is not torch.float32 or tuple(value.shape) != (b,) or value.device != z.device or value.requires_grad:
-                raise ValueError(f"{name}: {tuple(value.shape)} {value.dtype} on {value.device}, expected float32 [B] = {(b,)} on {z.device}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{name}: {value!r}, expected a number or a float32 tensor [B]")
-        else:
-            value = torch.full((b,), float(value), dtype=torch.float32, device=z.device)
-        columns.append(value)
-    if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < levels.MAX_LEVELS:
-        raise ValueError(f"level: {level!r}, expected 0 to {levels.MAX_LEVELS - 1}")
-    if noise is not None:
-        given = levels.volume("noise", noise)
-        levels.same_shapes("noise", [given], [levels.shapes(sizes)[1]], "the new resolution,")
-        if noise.dtype != z.dtype or noise.requires_grad:
-            raise ValueError(f"noise: dtype {noise.dtype}, requires_grad {noise.requires_grad}, expected z's {z.dtype} and no gradient")
-        noise = given
-    args = (volume, noise, torch.stack(columns, -1), sizes, level, *levels.random_of(seed, offset, first_sample, sizes), impl)
-    if out is None:
-        result = OP(*args)
-        return result.squeeze(2) if z.dim() == 4 else result
-    OP.call_out((levels.volume("out", out),), *args)
-    return out
+    ready = _checked((z, *(v if isinstance(v, torch.Tensor) else None for v in (scale, spread)), noise), level)
+    table = _table(scale, spread, ready.sizes[0], z.device)
+    random = levels.random_of(seed, offset, first_sample, ready.sizes)
+    tensors = [z, table] if noise is None else [z, noise, table]
+    given = lambda: None if noise is None else levels.as_volumes((noise,))[0]
+    build = lambda: (*levels.as_volumes((z,)), given(), table, ready.sizes, ready.level, *random)
+    (result,) = OP.serve(ready, tensors, build, impl, None if out is None else [levels.volume("out", out)], random)
+    if out is not None:
+        return out
+    return result.squeeze(2) if z.dim() == 4 else result

@@ -15,12 +15,14 @@ def forward_flops(sizes) -> int:
 
 
 def backward_flops(sizes) -> int:
+    """The sum over every block, scaled."""
     return 2 * value_counts(sizes)[1]
 
 
-def forward_bytes(sizes, itemsize: int) -> int:
-    """The coarse state read, the fine one written."""
-    return sum(value_counts(sizes)) * itemsize
+def forward_bytes(sizes, itemsize: int, *, noise: bool = False) -> int:
+    """The coarse state (and the noise, if given) read, the fine one written."""
+    coarse, fine = value_counts(sizes)
+    return (coarse + (1 + noise) * fine) * itemsize
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,22 @@ class Sample:
 
     @property
     def shape(self):
+        """Of the state."""
         return (self.batch, self.channels, *self.size)
 
     @property
     def flops(self) -> int:
+        """Of the forward."""
         b, c, t, h, w = (*self.shape[:2], *((1,) * (5 - len(self.shape))), *self.size)
         return forward_flops([b, c, t, h, w, t, 2 * h, 2 * w])
 
     def tensors(self, dtype=torch.float32, device="cpu", seed=0) -> list[torch.Tensor]:
+        """The differentiable inputs."""
         generator = torch.Generator(device).manual_seed(seed)
         return [torch.randn(self.shape, generator=generator, device=device).to(dtype)]
 
     def call(self, z, **more):
+        """The op on ``tensors``."""
         import vidkern
 
         stage = vidkern.pyramid_stages(3)[1]
@@ -67,4 +73,9 @@ SAMPLES = (
     Sample("given_noise", (9, 33), given_noise=True),
     Sample("tiny", (1, 1), batch=1, channels=1),
     Sample("wide", (3, 515), batch=1, channels=2),
+)
+LARGE = (
+    Sample("latents_512", (32, 32), batch=8, channels=16),
+    Sample("latents_81_frames", (21, 45, 80), batch=1, channels=16, per_sample=True),
+    Sample("pixels_1024", (512, 512), batch=1, given_noise=True),
 )

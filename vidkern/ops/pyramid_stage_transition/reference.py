@@ -22,5 +22,6 @@ def forward(z, noise, table, *, sizes, level, seed, offset, first_sample):
 
 
 def backward(grad, table):
+    """Gradient of the coarse state."""
     dtype = math_dtype(grad)
     return table[:, 0].to(dtype).view(-1, 1, 1, 1, 1) * filters.up_adjoint(grad.to(dtype), "haar", False)

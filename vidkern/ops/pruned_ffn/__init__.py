@@ -1,0 +1,185 @@
+"""A feed-forward network whose hidden tensor never exists as a whole: it is made, used and dropped a tile at a time.
+
+Source: the tiled feed-forward product of the mobile video diffusion transformer (arXiv 2507.13343v2); the tiling over hidden
+channels and the backward are ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from ... import registry
+from ..launch import cpu_why_not, fill, triton_why_not
+from ..pruned import checks
+from ..pruned.index import resolve
+from ..pruned.wants import INNER, OUTER, RESIDUAL, Through, wanted
+from . import cost, reference, tiles
+
+__all__ = ["pruned_ffn"]
+
+_through = Through()
+
+
+def _allocate(x, w1, b1, w2, b2, gate, mask, residual, scale, shift, keep, slab, tile, act, norm, eps, wants, impl):
+    like = x if residual is None else residual
+    return (torch.empty((*x.shape[:-1], w2.shape[0]), dtype=like.dtype, device=x.device),)
+
+
+def _allocate_backward(dout, x, w1, b1, w2, b2, gate, mask, scale, shift, keep, slab, tile, act, norm, eps, wants, impl):
+    def like(t, wanted=True):
+        return x.new_empty(0) if t is None or not wanted else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+    inner, outer = wants & INNER, wants & OUTER
+    return (
+        like(x, inner), *(like(t, outer) for t in (w1, b1, w2, b2)), like(gate), like(mask), like(scale, inner), like(shift, inner),
+    )  # fmt: skip
+
+
+def _reference_forward(outputs, *args):
+    *tensors, slab, tile, act, norm, eps, wants, impl = args
+    fill(outputs, (reference.forward(*tensors, slab=slab, tile=tile, act=act, norm=norm, eps=eps),))
+
+
+def _reference_backward(outputs, *args):
+    *tensors, slab, tile, act, norm, eps, wants, impl = args
+    bits = {"inner": bool(wants & INNER), "outer": bool(wants & OUTER)}
+    grads = reference.backward(*tensors, slab=slab, tile=tile, act=act, norm=norm, eps=eps, **bits)
+    for target, grad in zip(outputs, grads, strict=True):
+        if grad is not None:
+            target.copy_(grad)
+
+
+def _with(kit_name: str):
+    """(run, run_backward) on the kernels of ops/pruned/<kit_name>.py, which is imported at the first call."""
+
+    def kit():
+        return importlib.import_module(f"vidkern.ops.pruned.{kit_name}")
+
+    return lambda outputs, *args: tiles.forward(kit(), outputs, *args), lambda outputs, *args: tiles.backward(kit(), outputs, *args)
+
+
+def _sizes(x, w2, keep, slab, act):
+    hidden = w2.shape[1] if keep is None else keep.shape[0] * slab
+    return x.numel() // x.shape[-1], x.shape[-1], hidden, w2.shape[0], act == "swiglu"
+
+
+def _flops(x, w1, b1, w2, b2, gate, mask, residual, scale, shift, keep, slab, tile, act, *rest):
+    return cost.forward_flops(*_sizes(x, w2, keep, slab, act))
+
+
+def _backward_flops(dout, x, w1, b1, w2, b2, gate, mask, scale, shift, keep, slab, tile, act, norm, eps, wants, impl):
+    return cost.backward_flops(*_sizes(x, w2, keep, slab, act), wants & INNER, wants & OUTER, gate is not None)
+
+
+def _call(saved, args, grads):
+    return (_through.keep(grads[0]), *saved, *args[11:-1])
+
+
+def _scatter(outputs, args):
+    # What was not asked for comes as an empty vector.
+    *first, dscale, dshift = (g if g.numel() else None for g in outputs)
+    grad = _through.take()
+    return *first, grad if args[16] & RESIDUAL else None, dscale, dshift
+
+
+_REST = "Tensor? keep, SymInt slab, SymInt tile, str act, bool norm, float eps, int wants, str impl)"
+OP = registry.Op(
+    "pruned_ffn",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gate, Tensor? mask, Tensor? residual, Tensor? scale, "
+    f"Tensor? shift, {_REST} -> Tensor",
+    allocate=_allocate,
+    backends=(
+        registry.Backend("cpu", lambda x, *rest: cpu_why_not(x), *_with("cpu")),
+        registry.Backend(
+            "triton", lambda x, *rest: triton_why_not(x), *_with("triton"), trust="warn", sources=("ops/pruned/triton.py",),
+            description="Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on",
+        ),
+        registry.Backend("reference", lambda *args: None, _reference_forward, _reference_backward),
+    ),
+    gradient=registry.Gradient(
+        schema="(Tensor dout, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gate, Tensor? mask, Tensor? scale, "
+        f"Tensor? shift, {_REST} -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dgate, Tensor dmask, "
+        "Tensor dscale, Tensor dshift)",
+        allocate=_allocate_backward,
+        save=lambda args, outputs: (*args[:7], *args[8:11]),
+        call=_call,
+        scatter=_scatter,
+        flops=_backward_flops,
+    ),
+    cast=(0, 1, 2, 3, 4),
+    flops=_flops,
+    out=True,
+)
+
+
+def pruned_ffn(
+    x, w1, b1, w2, b2, *, tile=768, act="gelu_tanh", gate=None, mask=None, residual=None, norm=None, scale=None, shift=None, eps=1e-6,
+    keep=None, slab=128, out=None, impl=None,
+):
+    """``residual + gate * (act(P(x) W1^T + b1) * mask) W2^T + b2)`` without the hidden tensor: ``tile`` of its channels at a time.
+
+    Partial sums are float32, whatever x is. The backward computes every tile again, so that it holds no more than the forward does.
+    Differentiable in every floating-point argument.
+
+    Args:
+        x: [..., tokens, channels].
+        w1, b1: [hidden, channels] and [hidden] or None; twice as many rows for "swiglu", all gates before all values.
+        w2, b2: [out, hidden] and [out] or None.
+        tile: hidden channels that exist at a time; any number, the last tile may be shorter. 1344 tokens of 6144 bfloat16
+            channels are 15.8 MiB, of 768 2 MiB.
+        act, norm, scale, shift, eps, residual: as in :func:`vidkern.pruned_linear`.
+        gate: [rows, out], as in :func:`vidkern.pruned_linear`.
+        mask: [slabs]: scales slabs of equally many (kept) hidden channels.
+        keep: numbers of the slabs of ``slab`` hidden channels that are kept of weights that were not repacked; None: all.
+        out: where the result goes, instead of new memory; may be ``residual`` itself. Inference only.
+        impl: backend by name; None follows :func:`vidkern.use`.
+
+    Returns:
+        [..., tokens, out], the residual's dtype where there is one, else x's.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, its value and what was expected.
+        BackendUnavailable: the backend named cannot serve these arguments.
+        RuntimeError: ``out`` was given while something requires grad, or on double backward.
+    """
+    high = {"b1": b1, "b2": b2, "gate": gate, "mask": mask, "residual": residual, "scale": scale, "shift": shift}
+    checks.inputs(x, {"w1": w1, "w2": w2}, high)
+    for name, w in (("w1", w1), ("w2", w2)):
+        if w.dim() != 2:
+            raise ValueError(f"{name}: shape {tuple(w.shape)}, expected [out, in]")
+    checks.activation(act, w1.shape[0], "w1")
+    pairs = 2 if act == "swiglu" else 1
+    if w1.shape[1] != x.shape[-1]:
+        raise ValueError(f"w1: {w1.shape[1]} input channels in shape {tuple(w1.shape)}, expected x's {x.shape[-1]}")
+    if w1.shape[0] != pairs * w2.shape[1]:
+        raise ValueError(f"w1: {w1.shape[0]} rows, expected {pairs * w2.shape[1]}: w2 has {w2.shape[1]} input channels")
+    hidden, outputs = w2.shape[1], w2.shape[0]
+    for name, b, size in (("b1", b1, w1.shape[0]), ("b2", b2, outputs)):
+        if b is not None:
+            checks.vector(name, b, size, f"one value per row of {name.replace('b', 'w')}")
+    tile = checks.positive("tile", tile)
+    if keep is not None:
+        slab = checks.positive("slab", slab)
+        if hidden % slab:
+            raise ValueError(f"slab: {slab}, expected a divisor of w2's {hidden} input channels")
+        if tile % slab:
+            raise ValueError(f"tile: {tile}, expected a multiple of slab {slab} where keep is given")
+        keep = resolve("keep", keep, hidden // slab, x.device)
+        hidden = keep.shape[0] * slab
+    else:
+        slab = 1
+    checks.per_group("gate", gate, x, outputs)
+    checks.slab_mask("mask", mask, hidden)
+    checks.per_group("scale", scale, x, x.shape[-1])
+    checks.per_group("shift", shift, x, x.shape[-1])
+    checks.residual(residual, x, outputs)
+    norm = checks.norm_and_eps(norm, eps)
+    grads = wanted((x, scale, shift), (w1, b1, w2, b2), (gate, mask), residual)
+    args = (x, w1, b1, w2, b2, gate, mask, residual, scale, shift, keep, slab, tile, act, norm, float(eps), grads, impl)
+    if out is None:
+        return OP(*args)
+    checks.tensor("out", out)
+    OP.call_out((out,), *args[:-2], 0, impl)
+    return out
