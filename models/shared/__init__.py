@@ -4,13 +4,15 @@ import importlib
 
 _HOMES = {
     "VideoDiT": "dit", "DiTConfig": "dit", "BlockSpec": "dit", "Block": "dit", "patchify": "dit", "unpatchify": "dit",
+    "TableDiT": "table_dit", "TableConfig": "table_dit", "TableSpec": "table_dit", "TableBlock": "table_dit",
     "SelfAttention": "attention", "CrossAttention": "attention",
-    "RotaryEmbedding": "rope", "apply_rope": "rope", "collapsed_time": "rope", "grid_positions": "rope", "split_head_dim": "rope",
+    "RotaryEmbedding": "rope", "FullWidthRope": "rope", "apply_rope": "rope", "apply_head_rope": "rope", "collapsed_time": "rope",
+    "grid_positions": "rope", "split_head_dim": "rope",
     "RectifiedFlow": "flow", "uniform_sigma": "flow", "logit_normal_sigma": "flow", "shift_sigma": "flow",
     "combine": "guidance", "cfg_weights": "guidance", "guided": "guidance",
-    "euler": "sample", "schedule": "sample",
+    "euler": "sample", "denoise": "sample", "schedule": "sample",
     "TrainConfig": "train", "Trainer": "train", "EMA": "train", "Interrupted": "train",
-    "psnr": "metrics", "ssim": "metrics",
+    "psnr": "metrics", "ssim": "metrics", "frechet": "metrics",
 }
 __all__ = sorted(_HOMES)
 

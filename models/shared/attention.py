@@ -39,22 +39,31 @@ def attend(q, k, v, pattern, grid, *, valid=None, scale=None, impl=None):
 
 
 class QKNorm(nn.Module):
-    """RMS norm of a query or key [B, L, H, D]: over each head's D channels ("head") or over all H * D channels ("all", as Wan)."""
+    """RMS norm of a query or key [B, L, H, D]: over each head's D channels ("head") or over all H * D channels ("all", as Wan, LTX).
 
-    def __init__(self, kind, heads, head_dim):
+    divisor: with "all", what the sum of squares is divided by instead of the number of channels, or None.
+    """
+
+    def __init__(self, kind, heads, head_dim, divisor=None, eps=1e-6):
         super().__init__()
         if kind not in QK_NORMS:
             raise ValueError(f"qk_norm={kind!r}: expected one of {QK_NORMS}")
-        self.kind = kind
+        self.kind, self.divisor, self.eps = kind, divisor, eps
         if kind != "none":
             self.weight = nn.Parameter(torch.ones(head_dim if kind == "head" else heads * head_dim))
 
-    def forward(self, x):
+    def forward(self, x, divisor=None):
+        """divisor: in place of the module's own; a number or a tensor that broadcasts over [B, L, 1]."""
         if self.kind == "none":
             return x
+        divisor = self.divisor if divisor is None else divisor
+        if self.kind == "all" and divisor is not None:
+            flat = x.flatten(2).float()
+            flat = flat * torch.rsqrt(flat.square().sum(-1, keepdim=True) / divisor + self.eps)
+            return (flat * self.weight.float()).to(x.dtype).view_as(x)
         # The weight follows x: under autocast x is bf16 while the weight is fp32, and mixed dtypes take a slow path.
         flat = x.flatten(2) if self.kind == "all" else x
-        return F.rms_norm(flat, self.weight.shape, self.weight.to(x.dtype), 1e-6).view_as(x)
+        return F.rms_norm(flat, self.weight.shape, self.weight.to(x.dtype), self.eps).view_as(x)
 
 
 class SelfAttention(nn.Module):

@@ -210,15 +210,23 @@ class VideoDiT(nn.Module):
 
     def trunk(self, tokens, embedded, tables, grid, wanted, stop_after, inputs):
         """All blocks up to `stop_after`, given the time embedding [B, dim]: returns the tokens and {tap name: tensor}."""
-        condition, taps = nn.functional.silu(embedded), {}
+        condition, taps = self.modulation_input(embedded), {}
         for index, block in enumerate(self.blocks):
             found = {} if wanted & {f"{index}.q", f"{index}.k"} else None
-            tokens = block(tokens, condition, tables(block.spec.positions), grid, capture=found, **inputs)
+            tokens = block(tokens, condition, tables(block.spec.positions), grid, capture=found, **self.inputs_of(index, inputs))
             found = {"hidden": tokens, **(found or {})} if wanted else {}
             taps.update({f"{index}.{key}": value for key, value in found.items() if f"{index}.{key}" in wanted})
             if index == stop_after:
                 break
         return tokens, taps
+
+    def modulation_input(self, embedded):
+        """What every block gets as its condition, from the time embedding [B, dim]."""
+        return nn.functional.silu(embedded)
+
+    def inputs_of(self, index, inputs):
+        """Keywords of block `index`, from those of all blocks."""
+        return inputs
 
     @staticmethod
     def _checked(taps, wanted):

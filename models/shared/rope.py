@@ -4,6 +4,8 @@ A head of width D holds D/2 complex numbers z_i = x_i + 1j x_(i + D/2). They are
 share of an axis of width d (d/2 numbers), number j is turned by ``position * theta ** (-2 j / d)``: z <- z * exp(1j * angle).
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -78,8 +80,53 @@ class RotaryEmbedding(nn.Module):
         return f"axes={self.axes}, theta={self.theta:g}"
 
 
+class FullWidthRope(nn.Module):
+    """RoPE whose frequencies run over all heads together, as in LTX-Video: every head owns other frequencies.
+
+    Of the width/2 complex numbers of all heads, number ``pad + n_axes * j + a`` turns with axis a at rate ``theta ** (-j / n)``, where n =
+    width // (2 * n_axes); the first ``pad`` numbers, which do not divide among the axes, stay. ``forward(positions)``: one float tensor [L] per
+    axis -> fp32 (cos, sin), each [L, heads, head_dim / 2]. A model that has lost heads gathers its heads' columns of this table; a table made
+    anew for the smaller width is another function.
+
+    scale: one number per axis for the rates of LTX-Video's own weights: ``pi / 2 * theta ** (j / (n - 1))``, of positions ``2 * scale * p - 1``.
+    """
+
+    def __init__(self, heads, head_dim, theta=10_000.0, n_axes=3, scale=()):
+        super().__init__()
+        self.heads, self.head_dim, self.theta, self.n_axes, self.scale = heads, head_dim, float(theta), n_axes, tuple(scale)
+        if self.scale and len(self.scale) != n_axes:
+            raise ValueError(f"scale={self.scale}: expected one number for each of {n_axes} axes")
+        if heads * head_dim < 2 * n_axes:
+            raise ValueError(f"heads={heads}, head_dim={head_dim}: expected at least {2 * n_axes} channels for {n_axes} axes")
+
+    def forward(self, positions):
+        if len(positions) != self.n_axes:
+            raise ValueError(f"positions: got {len(positions)} axes, expected {self.n_axes}")
+        half = self.heads * self.head_dim // 2
+        n = half // self.n_axes
+        index, where = torch.arange(n, device=positions[0].device, dtype=torch.float64), torch.stack(list(positions), -1).double()
+        rate = self.theta ** (-index / n)
+        if self.scale:
+            rate = math.pi / 2 * self.theta ** (index / max(1, n - 1))
+            where = 2 * where * where.new_tensor(self.scale) - 1
+        angle = (where[:, None, :] * rate[:, None]).flatten(1)
+        angle = torch.cat((angle.new_zeros(len(angle), half - angle.shape[1]), angle), 1).unflatten(1, (self.heads, -1))
+        return angle.cos().float(), angle.sin().float()
+
+    def extra_repr(self):
+        return f"heads={self.heads}, head_dim={self.head_dim}, theta={self.theta:g}"
+
+
 def apply_rope(x, table):
     """Turn x [B, L, H, D] by ``table = (cos, sin)`` of a `RotaryEmbedding`; computed in fp32, returned in x's dtype."""
-    cos, sin = (part[..., None, :] for part in table)
+    return _turn(x, *(part[..., None, :] for part in table))
+
+
+def apply_head_rope(x, table):
+    """Turn x [B, L, H, D] by the (cos, sin) [L, H, D / 2] of a `FullWidthRope`, one column of the table per head."""
+    return _turn(x, *table)
+
+
+def _turn(x, cos, sin):
     low, high = x.float().chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
