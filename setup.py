@@ -329,6 +329,7 @@ setup(
         "vidkern.bench": ["results/**/*"],
         "vidkern.models.dfm": ["records/*.json"],
         "vidkern.models.four_real": ["records/*.json"],
+        "vidkern.models.mobile_dit": ["records/*.json"],
         "vidkern.csrc": ["**/*"],
     },
     include_package_data=False,

@@ -108,7 +108,8 @@ class Gradient:
         save: ``save(args, outputs)`` -> tuple of tensors (or None) to keep.
         call: ``call(saved, args, grads)`` -> positional arguments of the backward op without ``impl``; ``args`` are the
             forward arguments with every tensor replaced by None, and a gradient that does not exist is None.
-        scatter: ``scatter(backward_outputs, args)`` -> gradients in the order of the flattened forward arguments.
+        scatter: ``scatter(backward_outputs, args, grads)`` -> gradients in the order of the flattened forward arguments; ``grads``, those
+            of the outputs, for an argument whose gradient is one of them as it is.
         flops: FLOPs of ``<op>_backward`` from its arguments.
         shard: sharding rule of ``<op>_backward``; see :class:`Op`.
     """
@@ -440,7 +441,7 @@ class Op:
                 args = gradient.call(ctx.saved_tensors, ctx.rest, grads)
                 outputs = op.backward_overload(*args, ctx.rest[-1])
                 outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-                given = gradient.scatter(outputs, ctx.rest)
+                given = gradient.scatter(outputs, ctx.rest, grads)
                 tail = len(ctx.needs_input_grad) - 2 - len(given)
                 return (None, None, *given, *(None,) * tail)
 

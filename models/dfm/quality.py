@@ -11,19 +11,14 @@ import torch.nn.functional as F
 import vidkern
 from vidkern.errors import import_extra
 
+from ..shared import metrics
 
 FLOOR = 256  # training pictures whose figure is the floor: as many as the runs judge samples
 
 
 def frechet(a, b):
-    """Fréchet distance of two sets of features [n, d]."""
-    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features of shapes {a.shape} and {b.shape}: expected two of [n, d] with n >= 2")
-    mean, covariance = zip(*((x.mean(0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1])) for x in (a, b)))
-    # The eigenvalues of C C' are those of a positive semi-definite matrix: real and not negative up to rounding.
-    root = np.sqrt(np.clip(np.linalg.eigvals(covariance[0] @ covariance[1]).real, 0, None)).sum()
-    return float(((mean[0] - mean[1]) ** 2).sum() + np.trace(covariance[0]) + np.trace(covariance[1]) - 2 * root)
+    """`metrics.frechet` of arrays."""
+    return metrics.frechet(torch.as_tensor(np.asarray(a)), torch.as_tensor(np.asarray(b)))
 
 
 def _flat(pictures):

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 import vidkern
-from vidkern._files import replacing
+from vidkern._files import prepare_folder, replacing
 from vidkern.errors import UserError, import_extra
 
-from ..shared.page import prepare_folder, rounded
+from ..shared.page import rounded
 from ..shared.train import Interrupted
 from . import ablation, report, runs
 from .adversarial import mix

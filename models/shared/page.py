@@ -1,9 +1,9 @@
-"""What the demos' reports share: the style of a page, embedded pictures, JSON files, rounding, and the folder they go to."""
+"""What the demos' reports share: the style of a page, embedded pictures, JSON files, rounding."""
 
 import base64
 import json
 
-from vidkern._files import prepare_folder, replacing  # noqa: F401  (prepare_folder: for the demos)
+from vidkern._files import replacing
 
 STYLE = """
 :root { color-scheme: light; }

@@ -22,6 +22,8 @@ RUNS = {
     "configurations": (("tests/triton/interpreted.py",), 1),
     # Noise exactly, values within 4 ulp of the reference, filters one by one, and what is masked is not read.
     "pyramids": (("tests/triton/pyramid_interpreted.py",), 15),
+    # Every part of the pruned ops and every shipped tile.
+    "pruned": (("tests/triton/pruned_interpreted.py",), 17),
 }
 # Every sample in every dtype, and what is marked slow.
 SLOW_RUNS = {"the rest": (("tests/every_op", "-m", "slow", "-k", "triton"), 50)}

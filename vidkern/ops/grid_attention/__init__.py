@@ -206,7 +206,7 @@ OP = registry.Op(
         allocate=_allocate_backward,
         save=_save,
         call=_call,
-        scatter=lambda outputs, args: outputs,
+        scatter=lambda outputs, args, grads: outputs,
         flops=_backward_flops,
         shard=_backward_shard,
     ),

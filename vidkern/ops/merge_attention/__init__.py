@@ -145,7 +145,7 @@ OP = registry.Op(
         allocate=_allocate_backward,
         save=lambda args, outputs: (*args[0], *args[1]),
         call=lambda saved, args, grads: (*grads, *_split(saved, args), *args[2:-1]),
-        scatter=lambda outputs, args: (*outputs[0].unbind(0), *outputs[1].unbind(0)),
+        scatter=lambda outputs, args, grads: (*outputs[0].unbind(0), *outputs[1].unbind(0)),
         flops=_backward_flops,
         shard=_backward_shard,
     ),

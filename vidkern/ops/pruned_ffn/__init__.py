@@ -14,12 +14,10 @@ from ... import registry
 from ..launch import cpu_why_not, fill, triton_why_not
 from ..pruned import checks
 from ..pruned.index import resolve
-from ..pruned.wants import INNER, OUTER, RESIDUAL, Through, wanted
+from ..pruned.wants import INNER, OUTER, RESIDUAL, wanted
 from . import cost, reference, tiles
 
 __all__ = ["pruned_ffn"]
-
-_through = Through()
 
 
 def _allocate(x, w1, b1, w2, b2, gate, mask, residual, scale, shift, keep, slab, tile, act, norm, eps, wants, impl):
@@ -74,14 +72,13 @@ def _backward_flops(dout, x, w1, b1, w2, b2, gate, mask, scale, shift, keep, sla
 
 
 def _call(saved, args, grads):
-    return (_through.keep(grads[0]), *saved, *args[11:-1])
+    return (grads[0], *saved, *args[11:-1])
 
 
-def _scatter(outputs, args):
+def _scatter(outputs, args, grads):
     # What was not asked for comes as an empty vector.
     *first, dscale, dshift = (g if g.numel() else None for g in outputs)
-    grad = _through.take()
-    return *first, grad if args[16] & RESIDUAL else None, dscale, dshift
+    return *first, grads[0] if args[16] & RESIDUAL else None, dscale, dshift
 
 
 _REST = "Tensor? keep, SymInt slab, SymInt tile, str act, bool norm, float eps, int wants, str impl)"

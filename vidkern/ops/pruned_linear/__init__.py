@@ -16,12 +16,10 @@ from ..launch import cpu_why_not, fill, triton_why_not
 from ..pruned import checks, compose
 from ..pruned.activations import width
 from ..pruned.index import ChannelIndex, resolve
-from ..pruned.wants import INNER, OTHERS, OUTER, RESIDUAL, Through, wanted
+from ..pruned.wants import INNER, OTHERS, OUTER, RESIDUAL, wanted
 from . import cost, reference
 
 __all__ = ["ChannelIndex", "pruned_linear"]
-
-_through = Through()
 
 
 def _rows(weight, rows, slab):
@@ -107,14 +105,13 @@ def _backward_flops(
 
 def _call(saved, args, grads):
     *tensors, u = saved
-    return (_through.keep(grads[0]), *tensors, u if u.dim() > 1 else None, *args[12:16], args[17])
+    return (grads[0], *tensors, u if u.dim() > 1 else None, *args[12:16], args[17])
 
 
-def _scatter(outputs, args):
+def _scatter(outputs, args, grads):
     # What was not asked for comes as an empty vector.
     dx, dweight, dbias, dgate, dmask, dscale, dshift = (g if g.numel() else None for g in outputs)
-    grad = _through.take()
-    return dx, dweight, dbias, dgate, dmask, grad if args[17] & RESIDUAL else None, dscale, dshift
+    return dx, dweight, dbias, dgate, dmask, grads[0] if args[17] & RESIDUAL else None, dscale, dshift
 
 
 OP = registry.Op(

@@ -119,7 +119,7 @@ def _call(saved, args, grads):
     return (grads[0], tensors[:count], tensors[count : 2 * count], tensors[2 * count :], u, *args[3:-1])
 
 
-def _scatter(outputs, args):
+def _scatter(outputs, args, grads):
     dxs, dweights, dbiases = _gradients(outputs, args[3])
     count = len(args[0])
     none = [None] * count

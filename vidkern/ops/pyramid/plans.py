@@ -164,7 +164,7 @@ class _Direct(torch.autograd.Function):
         else:
             outputs = op.gradient.allocate(*args)
             op._by_name[rest[-1]].run_backward(outputs, *args)
-        given = [None if g is None else g.view(shape) for g, shape in zip(op.gradient.scatter(outputs, rest), ctx.shapes)]
+        given = [None if g is None else g.view(shape) for g, shape in zip(op.gradient.scatter(outputs, rest, grads), ctx.shapes)]
         return (None,) * 4 + (*given, *(None,) * (len(ctx.shapes) - len(given)))
 
 

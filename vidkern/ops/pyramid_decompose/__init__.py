@@ -63,7 +63,7 @@ OP = plans.Op(
         allocate=_allocate_backward,
         save=lambda args, outputs: (),
         call=lambda saved, args, grads: (grads[0], *args[1:-1]),
-        scatter=lambda outputs, args: (outputs[0],),
+        scatter=lambda outputs, args, grads: (outputs[0],),
         flops=lambda grad, sizes, *rest: cost.backward_flops(sizes),
     ),
     flops=lambda x, sizes, *rest: cost.forward_flops(sizes),

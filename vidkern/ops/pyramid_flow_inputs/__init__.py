@@ -141,7 +141,7 @@ def _call(saved, args, grads):
     return (*grads, table, mask, empty.dtype, sizes, given, active, kind, pool_time, scale, patch, zero)
 
 
-def _scatter(outputs, args):
+def _scatter(outputs, args, grads):
     return tuple(levels.split(outputs[0], args[4])) if args[5] else (outputs[0],)
 
 

@@ -96,7 +96,7 @@ def _call(saved, args, grads):
     return (*grads, list(saved[1 : 1 + n]), list(saved[1 + n :]), saved[0], *args[3:-1])
 
 
-def _scatter(outputs, args):
+def _scatter(outputs, args, grads):
     return (outputs[0],) if args[5] else tuple(levels.split(outputs[0], args[3], len(args[0])))
 
 

@@ -147,7 +147,7 @@ def _call(saved, args, grads):
     )  # fmt: skip
 
 
-def _scatter(outputs, args):
+def _scatter(outputs, args, grads):
     z, cond, uncond, _, sizes, active, upcoming, *_, merge, impl = args
     dz, dcond, duncond = outputs
     joined = levels.split(dz, sizes, None if merge else max(active, upcoming))

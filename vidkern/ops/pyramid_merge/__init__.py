@@ -61,7 +61,7 @@ OP = plans.Op(
         allocate=_allocate_backward,
         save=lambda args, outputs: (),
         call=lambda saved, args, grads: (grads[0], *args[1:-1]),
-        scatter=lambda outputs, args: tuple(levels.split(outputs[0], args[1])),
+        scatter=lambda outputs, args, grads: tuple(levels.split(outputs[0], args[1])),
         flops=lambda grad, sizes, *rest: cost.backward_flops(sizes),
     ),
     flops=lambda parts, sizes, *rest: cost.forward_flops(sizes),

@@ -86,7 +86,7 @@ OP = plans.Op(
         allocate=_allocate_backward,
         save=lambda args, outputs: (args[2], args[0].new_empty(0)),
         call=lambda saved, args, grads: (*grads, saved[0], saved[1].dtype, args[3], args[4]),
-        scatter=lambda outputs, args: (outputs[0],),
+        scatter=lambda outputs, args, grads: (outputs[0],),
         flops=lambda dz, dv, table, x_dtype, sizes, stage, impl: cost.backward_flops(sizes, stage),
     ),
     flops=lambda x, noise, table, sizes, stage, *rest: cost.forward_flops(sizes, stage),

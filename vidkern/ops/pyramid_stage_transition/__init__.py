@@ -68,7 +68,7 @@ OP = plans.Op(
         allocate=_allocate_backward,
         save=lambda args, outputs: (args[2],),
         call=lambda saved, args, grads: (grads[0], saved[0], args[3]),
-        scatter=lambda outputs, args: (outputs[0],),
+        scatter=lambda outputs, args, grads: (outputs[0],),
         flops=lambda grad, table, sizes, impl: cost.backward_flops(sizes),
     ),
     flops=lambda z, noise, table, sizes, *rest: cost.forward_flops(sizes),
