@@ -31,7 +31,9 @@ class Built:
     instructions: dict[str, int]
 
 
-class _Recorder:
+class Recorder:
+    """Stands for a kernel: logs (kernel, grid, arguments) where that would be launched."""
+
     def __init__(self, kernel, log):
         self.kernel, self.log = kernel, log
 
@@ -42,7 +44,7 @@ class _Recorder:
 def launches(launchers, call: Callable[[], object]) -> list[tuple[Callable, tuple, dict]]:
     """(kernel, grid, arguments) of everything that ``call`` launches through the ``*_kernel`` names of module ``launchers``."""
     log = []
-    kernels = {n: _Recorder(k, log) for n, k in vars(launchers).items() if n.endswith("_kernel")}
+    kernels = {n: Recorder(k, log) for n, k in vars(launchers).items() if n.endswith("_kernel")}
     with mock.patch.multiple(launchers, **kernels):
         call()
     return log
@@ -85,28 +87,33 @@ def compiled(kernel, arguments: dict, architecture: int):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def built(kernel, binary) -> Built:
-    """Read the machine code of a compiled kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(binary.asm["cubin"])
-        dump = subprocess.run([_tool("cuobjdump"), "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    use = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+def accesses(dump: str) -> dict[str, int]:
+    """How often each load, store and matrix instruction stands in a listing, by width, without its cache hints."""
     counts: dict[str, int] = {}
     for name in re.findall(r"\b(?:LDG\.E|STG\.E|LDGSTS|LDSM|STL|LDL|HMMA|HGMMA|UTCHMMA)[.\w]*", dump):
         name = re.sub(r"\.(EF|EL|LU|NA|STRONG|SYS|GPU|CONSTANT|U8|S8)\b", "", name)
         name = name.split(".")[0] if "MMA" in name or name.startswith(("LDSM", "LDGSTS")) else name
         counts[name] = counts.get(name, 0) + 1
-    spilled = int(use[2]) if "STL" in counts else 0
-    return Built(kernel.__name__, int(use[1]), spilled, binary.metadata.shared, dict(sorted(counts.items())))
+    return dict(sorted(counts.items()))
 
 
-def build(launched, architecture: int) -> list[Built]:
-    """Compile launches (of :func:`launches`) for an architecture such as 90, each specialisation once."""
+def _built(kernel, binary, count) -> Built:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        dump = subprocess.run([_tool("cuobjdump"), "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    use = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    # ptxas reports spills as STL/LDL; a stack without any local store holds none.
+    spilled = int(use[2]) if re.search(r"\bSTL\b", dump) else 0
+    return Built(kernel.__name__, int(use[1]), spilled, binary.metadata.shared, count(dump))
+
+
+def build(launched, architecture: int, count: Callable[[str], dict[str, int]] = accesses) -> list[Built]:
+    """Compile launches (of :func:`launches`) for an architecture such as 90, each specialisation once; ``count`` reads the listings."""
     result, seen = [], set()
     for kernel, _, arguments in launched:
         binary = compiled(kernel, arguments, architecture)
         if binary.hash not in seen:
             seen.add(binary.hash)
-            result.append(built(kernel, binary))
+            result.append(_built(kernel, binary, count))
     return result

@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,8 +22,8 @@ from vidkern._files import replacing
 from vidkern.ops.pruned import compose, configs
 from vidkern.ops.pruned.wants import INNER, OUTER
 
-from .aot import _tool
-from .aot_pyramid import _described, _Recorder
+from . import aot_launch
+from .aot_launch import Built, Recorder
 
 RECORD = Path(__file__).parent / "results" / "aot" / "pruned.json"
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -118,63 +116,22 @@ def launches(case: Case) -> list[tuple[Callable, tuple, dict]]:
     from vidkern.ops.pruned import triton_grouped
 
     log: list = []
-    kernels = {name: _Recorder(k, log) for name, k in vars(kit).items() if name.endswith("_kernel")}
+    kernels = {name: Recorder(k, log) for name, k in vars(kit).items() if name.endswith("_kernel")}
     family = configs.family(divmod(case.architecture, 10))
-    grouped = mock.patch.object(triton_grouped, "grouped_kernel", _Recorder(triton_grouped.grouped_kernel, log))
+    grouped = mock.patch.object(triton_grouped, "grouped_kernel", Recorder(triton_grouped.grouped_kernel, log))
     with mock.patch.multiple(kit, **kernels, _device=lambda device: (family, 132)), grouped, configs.forced(case.config):
         _run(case)
     return log
 
 
-@dataclass(frozen=True)
-class Built:
-    """What the compiler made of one kernel: registers per thread, bytes spilled per thread, bytes of shared memory per block, and how
-    often each counted instruction stands in the machine code."""
-
-    kernel: str
-    registers: int
-    spilled: int
-    shared: int
-    instructions: dict[str, int]
-
-
-def compiled(kernel, arguments: dict, architecture: int):
-    """The compiled kernel of a launch, every tensor aligned to 16 bytes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
-        value = arguments[name]
-        if parameter.is_constexpr or value is None:
-            signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor) and value.dtype in (torch.int32, torch.int64):
-            signature[name], attributes[(i,)] = f"*i{8 * value.dtype.itemsize}", [["tt.divisibility", 16]]
-        else:
-            signature[name] = _described(value, (i,), not parameter.do_not_specialize, constants, attributes)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+def _counted(dump: str) -> dict[str, int]:
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}", dump)) for name in COUNTED}
+    return {n: c for n, c in counts.items() if c}
 
 
 def build(case: Case) -> list[Built]:
     """Compile everything that a case launches, each kernel and specialisation once."""
-    result, seen = [], set()
-    for kernel, _, arguments in launches(case):
-        binary = compiled(kernel, arguments, case.architecture)
-        if binary.hash in seen:
-            continue
-        seen.add(binary.hash)
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(binary.asm["cubin"])
-            dump = subprocess.run([_tool("cuobjdump"), "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
-        use = re.search(r"REG:(\d+) STACK:(\d+)", dump)
-        counts = {name: len(re.findall(rf"\b{re.escape(name)}", dump)) for name in COUNTED}
-        spilled = int(use[2]) if counts["STL"] else 0
-        result.append(Built(kernel.__name__, int(use[1]), spilled, binary.metadata.shared, {n: c for n, c in counts.items() if c}))
-    return result
+    return aot_launch.build(launches(case), case.architecture, _counted)
 
 
 def faults(case: Case, built: list[Built]) -> list[str]:

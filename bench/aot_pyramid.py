@@ -4,22 +4,17 @@ spilled bytes and memory instructions of every kernel at the sizes listed here."
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from unittest import mock
 
 import torch
 
 from vidkern.ops.pyramid import levels
 
-from .aot import _tool
+from . import aot_launch
+from .aot_launch import Built
 
 ARCHITECTURES = (80, 90, 100)
-WARPS = 4
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
 
 
@@ -128,88 +123,20 @@ def _calls(case: Case) -> list[tuple[str, tuple]]:
     ]
 
 
-class _Recorder:
-    def __init__(self, kernel, log):
-        self.kernel, self.log = kernel, log
-
-    def __getitem__(self, grid):
-        return lambda *args, **given: self.log.append((self.kernel, grid, dict(zip(self.kernel.arg_names, args)) | given))
-
-
 def launches(case: Case) -> list[tuple[Callable, tuple, dict]]:
     """(kernel, grid, arguments) of everything that a case launches."""
     from vidkern.ops.pyramid import triton as launchers
 
-    log = []
-    kernels = {n: _Recorder(k, log) for n, k in vars(launchers).items() if n.endswith("_kernel")}
-    with mock.patch.multiple(launchers, **kernels):
+    def call():
         for name, args in _calls(case):
             getattr(launchers, name)(*args)
-    return log
 
-
-def _described(value, path, special, constants, attributes):
-    """Type of an argument as Triton's launcher would specialise it."""
-    if isinstance(value, tuple):
-        return tuple(_described(v, (*path, i), True, constants, attributes) for i, v in enumerate(value))
-    if isinstance(value, float):
-        return "fp32"
-    if isinstance(value, torch.Tensor):
-        attributes[path] = [["tt.divisibility", 16]]
-        return f"*{_NAMES[value.dtype]}"
-    if value == 1 and special:
-        constants[path] = 1
-        return "constexpr"
-    if value % 16 == 0 and special:
-        attributes[path] = [["tt.divisibility", 16]]
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def compiled(kernel, arguments: dict, architecture: int):
-    """The compiled kernel of a launch, every tensor aligned to 16 bytes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
-        if parameter.is_constexpr:
-            signature[name], constants[(i,)] = "constexpr", arguments[name]
-        else:
-            signature[name] = _described(arguments[name], (i,), not parameter.do_not_specialize, constants, attributes)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": WARPS})
-
-
-@dataclass(frozen=True)
-class Built:
-    """Registers per thread, bytes spilled per thread, and how often each load and store stands in the machine code."""
-
-    kernel: str
-    registers: int
-    spilled: int
-    instructions: dict[str, int]
+    return aot_launch.launches(launchers, call)
 
 
 def build(case: Case, architecture: int) -> list[Built]:
     """Compile everything that a case launches, each kernel and specialisation once."""
-    result, seen = [], set()
-    for kernel, _, arguments in launches(case):
-        binary = compiled(kernel, arguments, architecture)
-        if binary.hash in seen:
-            continue
-        seen.add(binary.hash)
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(binary.asm["cubin"])
-            dump = subprocess.run([_tool("cuobjdump"), "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
-        use = re.search(r"REG:(\d+) STACK:(\d+)", dump)
-        counts: dict[str, int] = {}
-        for name in re.findall(r"\b(?:LDG\.E|STG\.E|STL|LDL)[.\w]*", dump):
-            name = re.sub(r"\.(EF|EL|LU|NA|STRONG|SYS|GPU|CONSTANT|U8|S8)\b", "", name)
-            counts[name] = counts.get(name, 0) + 1
-        result.append(Built(kernel.__name__, int(use[1]), int(use[2]) if "STL" in counts else 0, dict(sorted(counts.items()))))
-    return result
+    return aot_launch.build(launches(case), architecture)
 
 
 def rows(architectures=ARCHITECTURES, cases=CASES) -> Iterator[tuple[Case, int, list[Built]]]:

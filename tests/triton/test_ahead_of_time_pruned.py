@@ -59,12 +59,12 @@ def launched(n):
     from unittest import mock
 
     import torch
-    from vidkern.bench.aot_pyramid import _Recorder
+    from vidkern.bench.aot_launch import Recorder
     from vidkern.ops.pruned import triton as kit
 
     log = []
     config = configs.shipped(2, False, "hopper")[0]
-    with mock.patch.multiple(kit, product_kernel=_Recorder(kit.product_kernel, log), _device=lambda d: ("hopper", 132)), configs.forced(config):
+    with mock.patch.multiple(kit, product_kernel=Recorder(kit.product_kernel, log), _device=lambda d: ("hopper", 132)), configs.forced(config):
         a, b, out = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((1344, 2048), (n, 2048), (1344, n)))
         kit.product(kit.Source(a), kit.Source(b), out, 1344, n, 2048)
     return log[0][0], log[0][2]

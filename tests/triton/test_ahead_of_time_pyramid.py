@@ -57,7 +57,7 @@ def test_launches_need_no_memory_and_no_gpu():
 
 def test_faults_are_found():
     case = aot.MAIN[0]
-    good = aot.Built("analysis_kernel", 60, 0, {"LDG.E.128": 2, "STG.E.128": 2})
+    good = aot.Built("analysis_kernel", 60, 0, 0, {"LDG.E.128": 2, "STG.E.128": 2})
     assert not faults(case, [good])
-    assert "spilled" in faults(case, [aot.Built("analysis_kernel", 255, 8, good.instructions)])[0]
-    assert "no STG.E.128" in faults(case, [aot.Built("analysis_kernel", 60, 0, {"LDG.E.128": 2, "STG.E": 8})])[0]
+    assert "spilled" in faults(case, [aot.Built("analysis_kernel", 255, 8, 0, good.instructions)])[0]
+    assert "no STG.E.128" in faults(case, [aot.Built("analysis_kernel", 60, 0, 0, {"LDG.E.128": 2, "STG.E": 8})])[0]
