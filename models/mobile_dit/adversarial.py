@@ -22,6 +22,7 @@ def hinge_discriminator(real, fake):
 
 
 def hinge_generator(fake):
+    """Minus the mean of what the discriminator says of generated clips."""
     return -fake.mean()
 
 

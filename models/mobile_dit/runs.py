@@ -56,10 +56,12 @@ class Recipe:
 
 
 def open_data(recipe, seed):
+    """The moving shapes of a recipe."""
     return open_clips(train=recipe.clips, held_out=max(64, recipe.clips // 4), channels=recipe.channels, seed=seed)
 
 
 def train_config(recipe, steps, lr, seed):
+    """How every stage of a recipe is trained."""
     return TrainConfig(steps=steps, lr=lr, warmup=max(1, steps // 20), final_lr=0.1, ema=recipe.ema, seed=seed, save_every=50)
 
 
@@ -72,6 +74,7 @@ def teacher_trainer(recipe, clips, seed, config=None, steps=None, **trainer):
 
 
 def calibration_of(recipe, clips, seed=0):
+    """The calibration that units are scored on, from training clips."""
     n = recipe.calibration
     return Calibration.of(clips.train[:n], clips.vocabulary(clips.said[:n]), times=recipe.times, seed=seed)
 

@@ -19,6 +19,7 @@ ALIGN = 8
 
 
 def padded(size: int) -> int:
+    """``size`` rounded up to a multiple of ALIGN."""
     return -(-size // ALIGN) * ALIGN
 
 

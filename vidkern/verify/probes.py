@@ -12,6 +12,7 @@ class CheckFailed(AssertionError):
 
 
 def require(condition, message: str) -> None:
+    """CheckFailed with ``message`` unless ``condition``."""
     if not condition:
         raise CheckFailed(message)
 

@@ -16,6 +16,7 @@ def forward_flops(sizes: Sequence[tuple[int, int, int]]) -> int:
 
 
 def backward_flops(sizes: Sequence[tuple[int, int, int]], inner: bool = True, outer: bool = True) -> int:
+    """The sum of the layers' own; ``inner``: gradients of x, ``outer``: of weights."""
     return sum(cost.backward_flops(*s, inner, outer) for s in sizes)
 
 
