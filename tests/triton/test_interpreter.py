@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 EVERY_OP = "tests/every_op/"
 # name: (arguments of pytest, tests that must pass at least). The longest first: as many run at a time as there are processors.
 RUNS = {
-    "accuracy": ((EVERY_OP + "test_accuracy.py", "-k", "triton or matrix"), 32),
+    "attention accuracy": ((EVERY_OP + "test_accuracy.py", "-k", "triton and grid_attention"), 32),
+    "accuracy": ((EVERY_OP + "test_accuracy.py", "-k", "(triton and not grid_attention) or matrix"), 72),
     "properties": ((EVERY_OP + "test_grid_attention.py", EVERY_OP + "test_torch.py", "-k", "triton"), 10),
     "memory": ((EVERY_OP + "test_memory.py", "-k", "triton"), 10),
     # Every shipped configuration, at its own block sizes, within and across frames.
