@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 WARPS = 4
-_ELEMENTS = 4096  # of a part that a program holds: 32 per thread
+_ELEMENTS = 4096  # of a part that a program holds: 32 per thread, and half of it where many parts' addresses take registers
+_FEW = 5
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def _launch(outs, signs, *others):
     # A factor of 8 tells the compiler that rows are aligned to 16 bytes.
     unit = 8 if all(s % 8 == 0 for t in (*outs, *others) if t is not None for s in t.stride()[:3]) else 1
     block_d = max(8, triton.next_power_of_2(dim))
-    block_m = max(1, _ELEMENTS // block_d)
+    block_m = max(1, (_ELEMENTS if len(outs) <= _FEW else _ELEMENTS // 2) // block_d)
     tiles = triton.cdiv(length, block_m)
     constants = {"SIGNS": signs, "D": dim, "BLOCK_D": block_d, "BLOCK_M": block_m, "UNIT": unit, "num_warps": WARPS}
     return (tiles * batch * heads,), unit, (heads, length, tiles), constants

@@ -227,7 +227,8 @@ def _analyse(outputs, x, noise, table, mask, sizes, kind, pool_time, scale, acti
             return
         x = unit_stride(x[0])
         shape, groups = _Shape(sizes), max(n - 1, 1)
-        block = POSITIONS // 2 if pool_time and not INTERPRETED else POSITIONS
+        # Block means over 8 x 8 values, or over frames too, fill the registers: half the positions a thread.
+        block = POSITIONS // 2 if (pool_time or shape.n > 3) and not INTERPRETED else POSITIONS
         first = shape.first(block, shape.counts[:groups])
         analysis_kernel[(first[-1] * shape.batch,)](
             x, z_role.tensors, v_role.tensors, eps.tensors, table, bytes_, **shape.sizes, z_b=z_role.batches, v_b=v_role.batches,
