@@ -66,8 +66,11 @@ def _run(argv: list[str]) -> int:
     # Only the command that was named adds its options: the others are not imported to print a help text.
     named = argv[0] if argv else None
     if named == "demo":
-        module = importlib.import_module(next((DEMOS[word] for word in argv[1:2] if word in DEMOS), DEMOS["four-real"]))
+        method = next((word for word in argv[1:2] if word in DEMOS), "four-real")
+        module = importlib.import_module(DEMOS[method])
         module.add_arguments(subparsers["demo"])
+        others = ", ".join(f"`vidkern demo {m} --help`" for m in DEMOS if m != method)
+        subparsers["demo"].epilog = f"The options are those of {method}; for the others see {others}."
     elif named in COMMANDS:
         module = importlib.import_module(COMMANDS[named])
         module.add_arguments(subparsers[named])
