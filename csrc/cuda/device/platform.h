@@ -1,0 +1,58 @@
+// What every CUDA source of vidkern starts from: one text for two readers. nvcc and NVRTC read the inline PTX of the primitives; a host
+// compiler reads their functional models ("executor.h", which the tests provide), so that the same kernels run, thread by thread, on a CPU.
+// No CUDA header is needed by either.
+#pragma once
+
+namespace vk {
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using i32 = int;
+using u64 = unsigned long long;
+using i64 = long long;
+}  // namespace vk
+
+#ifdef __CUDACC__
+
+#define VK_DEVICE __device__ __forceinline__
+#define VK_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// A primitive's last parameter: nothing on a device, the caller's file and line in a model.
+#define VK_AT
+#define VK_AT_ONLY
+#define VK_HERE
+#define VK_UNROLL _Pragma("unroll")
+#define VK_UNROLL_TWICE _Pragma("unroll 2")
+// A kernel takes one structure; the models call it through a plain pointer.
+#define VK_ENTRY(name, Parameters)
+
+namespace vk {
+VK_DEVICE u32 thread_index() { return threadIdx.x; }
+VK_DEVICE u32 block_index() { return blockIdx.x; }
+}  // namespace vk
+
+#else
+
+#include "executor.h"
+
+#define VK_DEVICE inline
+#define VK_KERNEL(threads) VK_MODEL_KERNEL
+#define VK_AT , ::vk::model::Where at = ::vk::model::here()
+#define VK_AT_ONLY ::vk::model::Where at = ::vk::model::here()
+#define VK_HERE , at
+#define VK_UNROLL
+#define VK_UNROLL_TWICE
+#define VK_ENTRY(name, Parameters) \
+  extern "C" void name##_thread(const void* given) { name(*static_cast<const Parameters*>(given)); }
+
+namespace vk {
+inline u32 thread_index() { return model::thread_index(); }
+inline u32 block_index() { return model::block_index(); }
+}  // namespace vk
+
+#endif
+
+namespace vk {
+constexpr u32 WARP = 32;
+VK_DEVICE u32 lane_index() { return thread_index() % WARP; }
+VK_DEVICE u32 warp_index() { return thread_index() / WARP; }
+}  // namespace vk
