@@ -18,8 +18,6 @@ struct Forward {
   float scale_log2;  // of the logits in base 2
 };
 
-constexpr i32 WARPS = 4, THREADS = 128, ROWS = 16 * WARPS;
-
 // What a lane holds of two rows, g and g + 8: the largest logit so far, the sum of exponentials, and the output's columns.
 template <i32 DIM>
 struct Rows {
@@ -32,8 +30,7 @@ template <typename T, i32 DIM, i32 N, bool EDGE_TILE, bool LIVE>
 VK_DEVICE void visit(Rows<DIM>& r, const FragmentA<T> (&q)[DIM / 16], const Tile<DIM>& k, const Tile<DIM>& v, const Columns& at, i32 row,
                      const u8* live, float scale_log2) {
   Accumulator s[N / 8];
-  VK_UNROLL
-  for (i32 n = 0; n < N / 8; ++n) s[n] = {{0, 0, 0, 0}};
+  clear(s);
   VK_UNROLL
   for (i32 d = 0; d < DIM / 16; ++d) {
     VK_UNROLL
@@ -87,35 +84,11 @@ VK_DEVICE void visit(Rows<DIM>& r, const FragmentA<T> (&q)[DIM / 16], const Tile
       }
     r.total[h] = r.total[h] * shrink[h] + sum;  // of this lane's columns; the quad's are added at the end
   }
-  FragmentA<T> p[N / 16];
   VK_UNROLL
-  for (i32 n = 0; n < N / 16; ++n) p[n] = as_operand<T>(s[2 * n], s[2 * n + 1]);
-  VK_UNROLL
-  for (i32 d = 0; d < DIM / 8; d += 2) {
-    Accumulator part[2];
+  for (i32 d = 0; d < DIM / 8; ++d)
     VK_UNROLL
-    for (i32 j = 0; j < 2; ++j)
-      VK_UNROLL
-      for (i32 i = 0; i < 4; ++i) {
-        r.out[d + j].v[i] *= shrink[i / 2];
-        part[j].v[i] = EDGE_TILE ? 0.0f : r.out[d + j].v[i];
-      }
-    VK_UNROLL
-    for (i32 n = 0; n < N / 16; ++n) {
-      FragmentB<T> b[2];
-      v.template right_transposed<T>(b, n * 16, d);
-      multiply_add(part[0], p[n], b[0]);
-      multiply_add(part[1], p[n], b[1]);
-    }
-    VK_UNROLL
-    for (i32 j = 0; j < 2; ++j)
-      VK_UNROLL
-      for (i32 i = 0; i < 4; ++i) {
-        // P is 0 for a row that does not see these columns, but 0 times a NaN that only others see is NaN.
-        if (!EDGE_TILE) r.out[d + j].v[i] = part[j].v[i];
-        else if (sees[i / 2]) r.out[d + j].v[i] += part[j].v[i];
-      }
-  }
+    for (i32 i = 0; i < 4; ++i) r.out[d].v[i] *= shrink[i / 2];
+  gather<T, DIM, N, EDGE_TILE>(r.out, s, v, 0, sees);
 }
 
 template <typename T, i32 DIM, bool LIVE>
@@ -136,11 +109,15 @@ VK_DEVICE void forward(const Forward& g) {
   const auto ask = [&](i32 i) {
     const Columns c = columns_of(at, g.main, g.edge, i);
     const i32 rows = i < at.main_count ? MAIN : EDGE;
-    stage(i % 2 * 2).template fill<THREADS, T, LIVE>(k, g.k_step.token, c.first, c.end, rows, g.dim, live);
-    stage(i % 2 * 2 + 1).template fill<THREADS, T, LIVE>(v, g.v_step.token, c.first, c.end, rows, g.dim, live);
+    const auto take = [&](auto alive) {
+      stage(i % 2 * 2).fill(k, g.k_step.token, c.first, c.end, rows, g.dim, alive);
+      stage(i % 2 * 2 + 1).fill(v, g.v_step.token, c.first, c.end, rows, g.dim, alive);
+    };
+    if constexpr (LIVE) take(Bit{live, 1});
+    else take(All{});
   };
 
-  own.template fill<THREADS, T, false>(q, g.q_step.token, at.row_first, at.row_end, ROWS, g.dim, nullptr);
+  own.fill(q, g.q_step.token, at.row_first, at.row_end, ROWS, g.dim, All{});
   if (count > 0) ask(0);
   copies_commit();
 
@@ -148,8 +125,7 @@ VK_DEVICE void forward(const Forward& g) {
   Rows<DIM> r;
   VK_UNROLL
   for (i32 h = 0; h < 2; ++h) r.top[h] = -infinity(), r.total[h] = 0;
-  VK_UNROLL
-  for (i32 d = 0; d < DIM / 8; ++d) r.out[d] = {{0, 0, 0, 0}};
+  clear(r.out);
 
   for (i32 i = 0; i < count || i == 0; ++i) {
     // Tile i is there, and nobody reads tile i - 1 any more, whose place the next one takes.
@@ -187,23 +163,10 @@ VK_DEVICE void forward(const Forward& g) {
     }
     if (lane_index() % 4 == 0 && mine < at.row_end)
       store(g.lse + at.batch * g.lse_step.batch + at.head * g.lse_step.head + mine * g.lse_step.token,
-            empty ? -infinity() : (r.top[h] + log2_approx(total)) * 0.69314718055994531f);
+            empty ? -infinity() : (r.top[h] + log2_approx(total)) * LN2);
   }
-  // Through this warp's own rows of shared memory, so that rows leave 16 bytes at a time.
-  warp_barrier();
-  VK_UNROLL
-  for (i32 d = 0; d < DIM / 8; ++d)
-    VK_UNROLL
-    for (i32 h = 0; h < 2; ++h)
-      store4(own.chunk(i32(warp_index()) * 16 + accumulator_row(2 * h), d) + i32(lane_index() % 4) * 4,
-             Number<T>::pack(r.out[d].v[2 * h] * inverse[h], r.out[d].v[2 * h + 1] * inverse[h]));
-  warp_barrier();
   T* out = static_cast<T*>(g.out) + at.batch * g.out_step.batch + at.head * g.out_step.head;
-  for (i32 i = i32(lane_index()); i < 16 * (DIM / CHUNK); i += i32(WARP)) {
-    const i32 n = i / (DIM / CHUNK), c = i % (DIM / CHUNK);
-    if (row + n < at.row_end && c * CHUNK < g.dim)
-      store16(out + (row + n) * g.out_step.token + c * CHUNK, load16(own.chunk(i32(warp_index()) * 16 + n, c)));
-  }
+  leave<T, DIM>(out, g.out_step.token, r.out, inverse, own, row, at.row_end, g.dim);
 }
 
 }  // namespace grid

@@ -12,8 +12,10 @@ struct Strides {  // elements between samples, heads and tokens; the last stride
   i64 batch, head, token;
 };
 
-constexpr i32 MAIN = 64, EDGE = 32;  // columns of a main and of an edge tile
-constexpr i32 CHUNK = 8;             // 16-bit values of 16 bytes
+constexpr i32 MAIN = 64, EDGE = 32;                           // columns of a main and of an edge tile
+constexpr i32 WARPS = 4, THREADS = 128, ROWS = 16 * WARPS;  // of a block; 16 rows per warp
+constexpr i32 CHUNK = 8;                                      // 16-bit values of 16 bytes
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 
 // Which program this is: a row tile of a head of a sample, sample and head major, so that neighbours share keys in the L2 cache.
 struct Program {
@@ -50,15 +52,15 @@ struct Tile {
   Shared<u8> base;
   VK_DEVICE Shared<u8> chunk(i32 row, i32 c) const { return base + (row * CHUNKS + (c ^ (row & 7))) * 16; }
 
-  // Rows `first` on of a head, asynchronously: `rows` of them; zeros from `end` on, past `dim`, and where a key is dead.
-  template <i32 THREADS, typename T, bool LIVE>
-  VK_DEVICE void fill(const T* from, i64 step, i32 first, i32 end, i32 rows, i32 dim, const u8* live) const {
-    // Unrolled further, its addresses would spill.
-    VK_UNROLL_TWICE
+  // Rows `first` on of a head, asynchronously: `rows` of them; zeros from `end` on, past `dim`, and where `alive(row)` is false: what is
+  // hidden may hold anything, and 0 times NaN is NaN.
+  template <typename T, typename Alive>
+  VK_DEVICE void fill(const T* from, i64 step, i32 first, i32 end, i32 rows, i32 dim, Alive alive) const {
+    // Unrolled, its addresses would spill.
+    VK_NO_UNROLL
     for (i32 i = i32(thread_index()); i < rows * CHUNKS; i += THREADS) {
       const i32 row = i / CHUNKS, c = i % CHUNKS;
-      bool there = first + row < end && c * CHUNK < dim;
-      if (LIVE) there = there && (load(live + first + row) & 1);
+      const bool there = first + row < end && c * CHUNK < dim && alive(first + row);
       copy16(chunk(row, c), from + (first + row) * step + c * CHUNK, there ? 16 : 0);
     }
   }
@@ -87,6 +89,97 @@ struct Tile {
     b[0] = {{w[0], w[1]}}, b[1] = {{w[2], w[3]}};
   }
 };
+
+// A compile-time yes or no that a lambda takes as an argument.
+template <bool VALUE>
+struct Flag {
+  static constexpr bool value = VALUE;
+};
+
+// Every row, for Tile::fill.
+struct All {
+  VK_DEVICE bool operator()(i32) const { return true; }
+};
+// Rows whose byte has a bit set.
+struct Bit {
+  const u8* bytes;
+  u32 mask;
+  VK_DEVICE bool operator()(i32 row) const { return load(bytes + row) & mask; }
+};
+
+template <i32 N>
+VK_DEVICE void clear(Accumulator (&a)[N]) {
+  VK_UNROLL
+  for (i32 n = 0; n < N; ++n) a[n] = {{0, 0, 0, 0}};
+}
+
+// s += A B^T of this warp's 16 rows of A (a tile, from row `row`) and of N rows of B from row `first`.
+template <typename T, i32 DIM, i32 N>
+VK_DEVICE void product(Accumulator (&s)[N / 8], const Tile<DIM>& a, i32 row, const Tile<DIM>& b, i32 first) {
+  // Unrolled whole, the fragments loaded ahead would spill.
+  VK_UNROLL_TWICE
+  for (i32 d = 0; d < DIM / 16; ++d) {
+    const FragmentA<T> left = a.template left<T>(row, d);
+    VK_UNROLL
+    for (i32 n = 0; n < N / 8; n += 2) {
+      FragmentB<T> right[2];
+      b.template right<T>(right, first + n * 8, d);
+      multiply_add(s[n], left, right[0]);
+      multiply_add(s[n + 1], left, right[1]);
+    }
+  }
+}
+
+// out += P B of the N rows of B from row `first`. With PART, only in the rows that see them: P is 0 for the others, but 0 times a NaN that
+// only others see is NaN.
+template <typename T, i32 DIM, i32 N, bool PART>
+VK_DEVICE void gather(Accumulator (&out)[DIM / 8], const Accumulator (&p)[N / 8], const Tile<DIM>& b, i32 first, const bool (&sees)[2]) {
+  FragmentA<T> left[N / 16];
+  VK_UNROLL
+  for (i32 n = 0; n < N / 16; ++n) left[n] = as_operand<T>(p[2 * n], p[2 * n + 1]);
+  VK_UNROLL
+  for (i32 d = 0; d < DIM / 8; d += 2) {
+    Accumulator part[2];
+    VK_UNROLL
+    for (i32 j = 0; j < 2; ++j)
+      VK_UNROLL
+      for (i32 i = 0; i < 4; ++i) part[j].v[i] = PART ? 0.0f : out[d + j].v[i];
+    VK_UNROLL
+    for (i32 n = 0; n < N / 16; ++n) {
+      FragmentB<T> right[2];
+      b.template right_transposed<T>(right, first + n * 16, d);
+      multiply_add(part[0], left[n], right[0]);
+      multiply_add(part[1], left[n], right[1]);
+    }
+    VK_UNROLL
+    for (i32 j = 0; j < 2; ++j)
+      VK_UNROLL
+      for (i32 i = 0; i < 4; ++i) {
+        if (!PART) out[d + j].v[i] = part[j].v[i];
+        else if (sees[i / 2]) out[d + j].v[i] += part[j].v[i];
+      }
+  }
+}
+
+// This warp's 16 rows of a head, from row `row` to at most `end`: the accumulators times factor[of the lane's two rows], through the warp's
+// own rows of a tile that it alone still reads, so that they leave 16 bytes at a time.
+template <typename T, i32 DIM>
+VK_DEVICE void leave(T* to, i64 step, const Accumulator (&out)[DIM / 8], const float (&factor)[2], const Tile<DIM>& tile, i32 row, i32 end,
+                     i32 dim) {
+  const i32 own = i32(warp_index()) * 16;
+  warp_barrier();
+  VK_UNROLL
+  for (i32 d = 0; d < DIM / 8; ++d)
+    VK_UNROLL
+    for (i32 h = 0; h < 2; ++h)
+      store4(tile.chunk(own + accumulator_row(2 * h), d) + i32(lane_index() % 4) * 4,
+             Number<T>::pack(out[d].v[2 * h] * factor[h], out[d].v[2 * h + 1] * factor[h]));
+  warp_barrier();
+  for (i32 i = i32(lane_index()); i < 16 * (DIM / CHUNK); i += i32(WARP)) {
+    const i32 n = i / (DIM / CHUNK), c = i % (DIM / CHUNK);
+    if (row + n < end && c * CHUNK < dim) store16(to + (row + n) * step + c * CHUNK, load16(tile.chunk(own + n, c)));
+  }
+}
 
 }  // namespace grid
 }  // namespace vk

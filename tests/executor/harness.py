@@ -71,7 +71,7 @@ class Program:
                     (Path(folder) / path.name).write_text(f'#line 1 "{path}"\n{text}')
                 copy, made = Path(folder) / source.name, Path(folder) / library.name
                 include = ["-I", HERE, "-I", CSRC / "cuda", "-I", CSRC]
-                _compile("-shared", *include, "-o", made, "-x", "c++", copy, "-x", "none", _executor())
+                _compile("-shared", *(["-Wno-error"] if edit else []), *include, "-o", made, "-x", "c++", copy, "-x", "none", _executor())
                 made.replace(library)
         self._library = ctypes.CDLL(str(library))
         self._library.vk_run.argtypes = [

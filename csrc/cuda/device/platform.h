@@ -22,6 +22,7 @@ using i64 = long long;
 #define VK_HERE
 #define VK_UNROLL _Pragma("unroll")
 #define VK_UNROLL_TWICE _Pragma("unroll 2")
+#define VK_NO_UNROLL _Pragma("unroll 1")
 // A kernel takes one structure; the models call it through a plain pointer.
 #define VK_ENTRY(name, Parameters)
 
@@ -41,6 +42,7 @@ VK_DEVICE u32 block_index() { return blockIdx.x; }
 #define VK_HERE , at
 #define VK_UNROLL
 #define VK_UNROLL_TWICE
+#define VK_NO_UNROLL
 #define VK_ENTRY(name, Parameters) \
   extern "C" void name##_thread(const void* given) { name(*static_cast<const Parameters*>(given)); }
 

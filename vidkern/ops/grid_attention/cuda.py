@@ -1,4 +1,4 @@
-"""Launcher of the hand-written CUDA kernels (csrc/cuda/grid_attention.cu): which kernel, over how many blocks, with which parameters."""
+"""Launchers of the hand-written CUDA kernels (csrc/cuda/grid_attention*.cu): which kernel, over how many blocks, with which parameters."""
 
 from __future__ import annotations
 
@@ -21,6 +21,28 @@ class Strides(ctypes.Structure):
     """``vk::grid::Strides``: elements between samples, heads and tokens."""
 
     _fields_ = [(n, ctypes.c_int64) for n in ("batch", "head", "token")]
+
+
+class Delta(ctypes.Structure):
+    """``vk::grid::Delta``."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("dout", "out", "dlse", "delta")),
+        *((n, Strides) for n in ("dout_step", "out_step", "dlse_step")),
+        *((n, ctypes.c_int32) for n in ("rows", "heads", "length", "dim")),
+    ]  # fmt: skip
+
+
+class Backward(ctypes.Structure):
+    """``vk::grid::Backward``."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("dout", "q", "k", "v", "lse", "delta", "dq", "dk", "dv", "tiles", "main", "edge", "live")),
+        *((f"{n}_step", Strides) for n in ("dout", "q", "k", "v", "lse", "delta", "dq", "dk", "dv")),
+        ("live_step", ctypes.c_int64),
+        *((n, ctypes.c_int32) for n in ("n_tiles", "heads", "group", "dim")),
+        ("scale", ctypes.c_float),
+    ]  # fmt: skip
 
 
 class Forward(ctypes.Structure):
@@ -63,6 +85,14 @@ def _tables(shape: Shape, device: torch.device):
     return plan(shape, TILING, device)
 
 
+def _addresses(*tensors) -> list:
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+def _strides(*tensors) -> list[Strides]:
+    return [Strides() if t is None else Strides(*t.stride()[:3]) for t in tensors]
+
+
 def forward(q, k, v, valid, kv_len, text_len, *, pattern, frame_len, n_text, text_front, scale, out, lse, launch) -> None:
     """Fill ``out`` and ``lse``; arguments as of the Triton launcher.
 
@@ -75,12 +105,44 @@ def forward(q, k, v, valid, kv_len, text_len, *, pattern, frame_len, n_text, tex
     live, live_step = _live(q, valid, kv_len, text_len, pattern.n_frames, frame_len, n_text, text_front)
     dim = 64 if q.shape[3] <= 64 else 128
     reads = [q, k, v, *tables, *([] if live is None else [live])]
-    strides = [Strides(*t.stride()[:3]) for t in (q, k, v, out, lse)]
+    strides = _strides(q, k, v, out, lse)
     given = Forward(
-        *[t.data_ptr() for t in (q, k, v, out, lse, *tables)], live.data_ptr() if live is not None else None, *strides, live_step,
+        *_addresses(q, k, v, out, lse, *tables, live), *strides, live_step,
         tables.n_tiles, heads, heads // k.shape[1], q.shape[3], scale * _LOG2E,
     )  # fmt: skip
     name = f"grid_attention_forward_{_NAMES[q.dtype]}_{dim}{'_live' if live is not None else ''}"
     # The rows' own tile, and two stages of keys and values.
     shared = 2 * dim * (ROWS + 2 * 2 * TILING.block_n)
     launch(name, given, tables.n_tiles * batch * heads, THREADS, shared, reads, [out, lse])
+
+
+def backward(
+    dout, dlse, q, k, v, out, lse, valid, kv_len, text_len, *, pattern, frame_len, n_text, text_front, scale, dq, dk, dv, launch
+) -> None:
+    """Fill ``dq``, ``dk``, ``dv``; arguments as of the Triton launcher, ``launch`` as in :func:`forward`. Deterministic."""
+    batch, heads, length, head_dim = q.shape
+    kv_heads = k.shape[1]
+    if dout is None:
+        dout = q.new_zeros(head_dim).expand(q.shape)
+    elif why_not(dout, dout, dout) is not None:
+        dout = dout.contiguous()  # an expanded gradient, or one cut out of a larger tensor
+    dtype = _NAMES[q.dtype]
+    delta = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+    rows = batch * heads * length
+    given = Delta(*_addresses(dout, out, dlse, delta), *_strides(dout, out, dlse), rows, heads, length, head_dim)
+    launch(f"grid_attention_delta_{dtype}", given, -(-rows // 4), THREADS, 0, [t for t in (dout, out, dlse) if t is not None], [delta])
+
+    live, live_step = _live(q, valid, kv_len, text_len, pattern.n_frames, frame_len, n_text, text_front)
+    dim = 64 if head_dim <= 64 else 128
+    inputs = [dout, q, k, v, lse, delta]
+    # Two tiles of the rows' own, and two stages of two for the columns'.
+    shared = 2 * dim * (2 * ROWS + 2 * 2 * TILING.block_n)
+    for part, transposed, of, grads in (("dq", False, heads, (dq, None, None)), ("dkv", True, kv_heads, (None, dk, dv))):
+        tables = _tables(Shape(pattern.key, frame_len, n_text, text_front and n_text > 0, transposed), q.device)
+        given = Backward(
+            *_addresses(*inputs, *grads, *tables, live), *_strides(*inputs, *grads), live_step, tables.n_tiles, of, heads // kv_heads,
+            head_dim, scale,
+        )  # fmt: skip
+        reads = [*inputs, *tables, *([] if live is None else [live])]
+        name = f"grid_attention_{part}_{dtype}_{dim}{'_live' if live is not None else ''}"
+        launch(name, given, tables.n_tiles * batch * of, THREADS, shared, reads, [g for g in grads if g is not None])
