@@ -8,11 +8,13 @@ triton-interpret  Triton is there, so that tests/triton can run its kernels in t
 triton-aot        Triton brings the tools that compile and disassemble for GPUs without one
 diffusers         diffusers and what its models need
 scenes            PyBullet
+nvcc              the CUDA compiler, for the machine code of the hand-written kernels
 """
 
 import importlib
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,7 @@ PARTS = {
     "triton-aot": missing_tools,
     "diffusers": lambda: missing_modules("diffusers", "transformers", "peft"),
     "scenes": lambda: missing_modules("pybullet", "pybullet_data"),
+    "nvcc": lambda: None if shutil.which("nvcc") else "nvcc is not on the PATH",
 }
 
 

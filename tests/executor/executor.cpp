@@ -135,7 +135,6 @@ struct Counts {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Cell> cells;
-  std::vector<uint32_t> read_clocks;  // [cells, threads]: when a thread last read a cell; 0: never
   std::vector<uint8_t> shared;
   std::vector<Meeting> meetings;
   Barrier barriers[BARRIERS];
@@ -144,6 +143,7 @@ struct Block {
 };
 
 Block* block;
+std::vector<uint32_t> read_clocks;  // [cells, threads]: when a thread last read a cell that says it was read; 0: not since it was written
 Fiber* self;
 void* scheduler_sp;
 uint8_t* stacks;
@@ -207,7 +207,7 @@ void meet(const char* what, Where at, void* operand, Act act) {
   Meeting& m = block->meetings[warp];
   if (m.arrived == 0) {
     m.what = what, m.at = at;
-  } else if (std::strcmp(m.what, what) != 0 || m.at.line != at.line || std::strcmp(m.at.file, at.file) != 0) {
+  } else if (m.what != what || m.at.line != at.line || m.at.file != at.file) {  // literals: one address each
     fail(std::string("the lanes of a warp part: ") + m.what + " at " + text(m.at) + " and " + what + " at " + text(at));
   }
   m.operand[lane] = operand;
@@ -218,22 +218,23 @@ void meet(const char* what, Where at, void* operand, Act act) {
     if (l != lane) release(warp * LANES + l);
 }
 
+[[noreturn]] void fail_order(const Fiber& who, const Cell& c, bool writing, uint32_t byte, Where at) {
+  const std::string access = (writing ? "write of shared byte " : "read of shared byte ") + std::to_string(byte) + " at " + text(at);
+  if (c.under_way) fail(access + " while the copy asked for at " + text(c.at) + " is under way");
+  if (c.writer >= 0 && who.clock[c.writer] < c.clock)
+    fail("race: " + access + " and write by thread " + std::to_string(c.writer) + " at " + text(c.at) + ", no barrier between");
+  fail("race: " + access + " and a read, no barrier between (last read at " + text(c.last_read) + ")");
+}
+
 void check_order(const Fiber& who, const Cell& c, bool writing, uint32_t byte, Where at) {
-  const bool early = c.under_way, raced = c.writer >= 0 && uint32_t(c.writer) != who.index && who.clock[c.writer] < c.clock;
-  if (!early && !raced && !(writing && c.read)) return;
-  const auto what = writing ? "write" : "read";
-  const auto place = " of shared byte " + std::to_string(byte) + " at " + text(at);
-  if (early) fail(std::string(what) + place + " while the copy asked for at " + text(c.at) + " is under way");
-  if (raced)
-    fail(std::string("race: ") + what + place + " and write by thread " + std::to_string(c.writer) + " at " + text(c.at) + ", no barrier between");
+  if (c.under_way || (c.writer >= 0 && who.clock[c.writer] < c.clock)) fail_order(who, c, writing, byte, at);
   if (!writing || !c.read) return;
   const uint32_t threads = uint32_t(block->fibers.size());
-  const uint32_t* reads = block->read_clocks.data() + size_t(byte / CELL) * threads;
+  const uint32_t* reads = read_clocks.data() + size_t(byte / CELL) * threads;
+  const uint32_t* known = who.clock.data();
   uint32_t unordered = 0;
-  for (uint32_t t = 0; t < threads; ++t) unordered |= uint32_t(reads[t] > who.clock[t]);
-  for (uint32_t t = 0; unordered && t < threads; ++t)
-    if (reads[t] > who.clock[t])
-      fail(std::string("race: write") + place + " and read by thread " + std::to_string(t) + ", no barrier between (last read at " + text(c.last_read) + ")");
+  for (uint32_t t = 0; t < threads; ++t) unordered |= uint32_t(reads[t] > known[t]);
+  if (unordered) fail_order(who, c, writing, byte, at);
 }
 
 void check_shared(uint32_t byte, uint32_t bytes, Where at) {
@@ -256,12 +257,16 @@ void check_global(const void* p, uint32_t bytes, bool writing, Where at) {
   fail(std::string(writing ? "write" : "read") + " of " + std::to_string(bytes) + " global bytes outside every tensor, at " + text(at));
 }
 
+void check_read(const Fiber& who, uint32_t byte, Where at) { check_order(who, block->cells[byte / CELL], false, byte, at); }
+
 void record_read(const Fiber& who, uint32_t byte, uint32_t bytes, Where at) {
   for (uint32_t i = byte / CELL; i < (byte + bytes + CELL - 1) / CELL; ++i) {
     Cell& c = block->cells[i];
     check_order(who, c, false, i * CELL, at);
     if (c.writer < 0) fail("read of shared byte " + std::to_string(i * CELL) + " at " + text(at) + ", which nothing was written to");
-    block->read_clocks[size_t(i) * block->fibers.size() + who.index] = who.clock[who.index];
+    uint32_t* reads = read_clocks.data() + size_t(i) * block->fibers.size();
+    if (!c.read) std::fill(reads, reads + block->fibers.size(), 0u);
+    reads[who.index] = who.clock[who.index];
     c.read = true, c.last_read = at;
   }
 }
@@ -271,11 +276,7 @@ void record_write(uint32_t byte, uint32_t bytes, bool under_way, Where at) {
     Cell& c = block->cells[i];
     check_order(*self, c, true, i * CELL, at);
     c.writer = int32_t(self->index), c.clock = self->clock[self->index], c.at = at, c.under_way = under_way;
-    if (c.read) {
-      const auto reads = block->read_clocks.begin() + std::ptrdiff_t(i * block->fibers.size());
-      std::fill(reads, reads + std::ptrdiff_t(block->fibers.size()), 0u);
-      c.read = false;
-    }
+    c.read = false;
   }
 }
 
@@ -469,13 +470,14 @@ void load_matrices(uint32_t (&w)[4], uint32_t row, bool transposed, Where at) {
       for (uint32_t l = 0; l < LANES; ++l) {
         const uint32_t r = l / 4, c = l % 4 * 2;
         const Lane& lane = *static_cast<Lane*>(lanes[l]);
-        // The manual does not say who reads: whoever gives an address, above, and whoever receives.
+        // The manual does not say who reads, whoever gives an address or whoever receives: what is read must have been written before
+        // either, and, kept for the former, has to be read before it is written anew.
         const Fiber& who = block->fibers[self->index / LANES * LANES + l];
         const auto address = [&](uint32_t row) { return static_cast<Lane*>(lanes[8 * m + row])->row; };
         if (lane.transposed) {
-          record_read(who, address(c) + 2 * r, 2, at), record_read(who, address(c + 1) + 2 * r, 2, at);
+          check_read(who, address(c) + 2 * r, at), check_read(who, address(c + 1) + 2 * r, at);
         } else {
-          record_read(who, address(r) + 2 * c, 4, at);
+          check_read(who, address(r) + 2 * c, at), check_read(who, address(r) + 2 * c + 2, at);
         }
         const uint16_t low = lane.transposed ? matrix[c][r] : matrix[r][c], high = lane.transposed ? matrix[c + 1][r] : matrix[r][c + 1];
         lane.w[m] = low | uint32_t(high) << 16;
@@ -493,7 +495,12 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   } mine{c, a, b, bfloat};
   meet("mma.sync", at, &mine, [](void** lanes) {
     const bool bf = static_cast<Lane*>(lanes[0])->bfloat;
-    const auto widen = [bf](uint32_t half) { return bf ? float_of(half << 16) : widen_f16(uint16_t(half)); };
+    static const std::vector<float> halves = [] {
+      std::vector<float> table(65536);
+      for (uint32_t h = 0; h < 65536; ++h) table[h] = widen_f16(uint16_t(h));
+      return table;
+    }();
+    const auto widen = [bf](uint32_t half) { return bf ? float_of(half << 16) : halves[half]; };
     float A[16][16], B[16][8];
     double D[16][8] = {};
     for (uint32_t l = 0; l < LANES; ++l) {
@@ -565,7 +572,7 @@ extern "C" int vk_run(void (*thread)(const void*), const void* given, uint32_t b
     Block b;
     b.index = n;
     b.fibers.resize(threads), b.meetings.resize(threads / LANES);
-    b.cells.resize((shared_bytes + CELL - 1) / CELL), b.shared.assign(shared_bytes, 0xff), b.read_clocks.resize(b.cells.size() * threads);
+    b.cells.resize((shared_bytes + CELL - 1) / CELL), b.shared.assign(shared_bytes, 0xff), read_clocks.resize(std::max(read_clocks.size(), b.cells.size() * threads));
     for (uint32_t t = 0; t < threads; ++t) {
       b.fibers[t].index = t;
       b.fibers[t].clock.assign(threads, 0);
