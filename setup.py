@@ -4,7 +4,7 @@ Static metadata is in pyproject.toml. This file lists the packages and builds `v
 build.ninja with depfiles and runs ninja, so that an edited header rebuilds only what includes it (objects stay in build/).
 torch is not needed.
 
-Every csrc/cpu/*.cpp except bindings.cpp and cpuid.cpp is compiled once per instruction set (VK_ISA); these two once.
+Every csrc/cpu/*.cpp except those of COMPILED_ONCE is compiled once per instruction set (VK_ISA).
 
 VIDKERN_BUILD=auto (default)  without a working C++ compiler, install without the compiled part and record why
 VIDKERN_BUILD=require         without a working C++ compiler, fail
@@ -33,7 +33,7 @@ from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
-COMPILED_ONCE = ("bindings.cpp", "cpuid.cpp")
+COMPILED_ONCE = ("bindings.cpp", "cpuid.cpp", "pruned_bindings.cpp", "amf_bindings.cpp")
 MACOS, WINDOWS = sys.platform == "darwin", sys.platform == "win32"
 
 
@@ -328,6 +328,7 @@ setup(
         "vidkern.data": ["assets/*"],
         "vidkern.bench": ["results/**/*"],
         "vidkern.models.dfm": ["records/*.json"],
+        "vidkern.models.ditflow": ["records/*.json"],
         "vidkern.models.four_real": ["records/*.json"],
         "vidkern.models.mobile_dit": ["records/*.json"],
         "vidkern.csrc": ["**/*"],

@@ -17,6 +17,8 @@ _HOMES = {
     "merge_attention": "vidkern.ops.merge_attention",
     "attention_motion_flow": "vidkern.ops.attention_motion_flow",
     "amf_loss": "vidkern.ops.attention_motion_flow",
+    "attention_motion_flow": "vidkern.ops.attention_motion_flow",
+    "amf_loss": "vidkern.ops.attention_motion_flow",
     "pyramid_decompose": "vidkern.ops.pyramid_decompose",
     "pyramid_merge": "vidkern.ops.pyramid_merge",
     "pyramid_pad": "vidkern.ops.pyramid.padding",

@@ -25,7 +25,13 @@ _OPS: dict[str, Op] = {}
 _forced: str = "auto"
 _warned: set[tuple] = set()  # (op, backend, kind of device) of which a user has been told
 _settled: dict[tuple, bool] = {}  # (op, backend, device, dtype) -> may be chosen; emptied by verified.forget()
-_local = threading.local()  # .explaining: the calls that explain() of this thread has caught
+
+
+class _PerThread(threading.local):
+    explaining: list | None = None  # the calls that explain() of this thread has caught
+
+
+_local = _PerThread()
 # Fixed strides: a compiler may not hand a kernel other strides than the traced ones.
 _TAGS = (
     torch.Tag.pt2_compliant_tag,

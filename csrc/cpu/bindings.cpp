@@ -10,11 +10,11 @@
 #include <new>
 #include <string>
 
+#include "cpu/bindings.h"
 #include "cpu/cpuid.h"
 #include "cpu/grid_attention.h"
 #include "cpu/merge_attention.h"
 #include "cpu/peak.h"
-#include "cpu/pruned.h"
 #include "cpu/pyramid.h"
 
 namespace py = pybind11;
@@ -30,10 +30,6 @@ struct Tier {
   void (*merge_backward)(const MergeArgs&);
   double (*peak_fp32)(int, double);
   double (*peak_bf16)(int, double);
-  int (*pruned_gemm)(const PrunedGemm&);
-  int (*pruned_slope)(const PrunedSlope&);
-  int (*pruned_stat)(const PrunedNorm&, double);
-  int (*pruned_norm_backward)(const PrunedNorm&);
   int (*pyramid[15])(const PyramidArgs&);
 };
 // Names of Tier::pyramid, which become functions of the module.
@@ -45,8 +41,7 @@ const char* const pyramid_names[] = {
 #define VK_TIER_TABLE(t)                                                                                                      \
   {                                                                                                                           \
     t::grid_attention_forward, t::grid_attention_backward, t::grid_attention_workspace, t::merge_attention_forward,           \
-        t::merge_attention_backward, t::peak_fp32, t::peak_bf16, t::pruned_gemm, t::pruned_slope, t::pruned_stat,             \
-        t::pruned_norm_backward, {                                                                                            \
+        t::merge_attention_backward, t::peak_fp32, t::peak_bf16, {                                                            \
       t::pyramid_analysis, t::pyramid_analysis_adjoint, t::pyramid_synthesis, t::pyramid_synthesis_adjoint, t::pyramid_mix,   \
           t::pyramid_mix_adjoint, t::pyramid_step, t::pyramid_step_adjoint, t::pyramid_loss, t::pyramid_loss_backward,        \
           t::pyramid_stage, t::pyramid_stage_adjoint, t::pyramid_transition, t::pyramid_transition_adjoint,                   \
@@ -88,41 +83,6 @@ Isa parse_isa(const char* what, const std::string& name) {
 
 Isa current = PORTABLE;
 const Tier& tier() { return tiers[current]; }
-
-// Reads the fields of an argument tuple one after the other.
-class Fields {
- public:
-  explicit Fields(const py::tuple& t) : tuple_(t.ptr()), size_(PyTuple_GET_SIZE(t.ptr())) {}
-  int64_t next() {
-    if (at_ >= size_) throw py::value_error("argument tuple: " + std::to_string(size_) + " fields, expected more");
-    const int64_t v = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, at_++));
-    if (v == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return v;
-  }
-  template <class T>
-  T* pointer() {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(next()));
-  }
-  Strided strided() {
-    Strided s;
-    s.data = pointer<void>();
-    s.b = next(), s.h = next(), s.l = next();
-    return s;
-  }
-  void done() const {
-    if (at_ != size_) throw py::value_error("argument tuple: " + std::to_string(size_) + " fields, expected " + std::to_string(at_));
-  }
-
- private:
-  PyObject* tuple_;
-  Py_ssize_t size_, at_ = 0;
-};
-
-void require(bool ok, const char* name, int64_t value, const char* expectation) {
-  if (!ok) throw py::value_error(std::string(name) + ": " + std::to_string(value) + ", expected " + expectation);
-}
-
-int64_t least_of(int64_t a, int64_t b, int64_t c) { return a < b ? (a < c ? a : c) : (b < c ? b : c); }
 
 GridArgs read_shape(Fields& f) {
   GridArgs a{};
@@ -275,125 +235,6 @@ void run_pyramid(int which, const py::tuple& fields, const py::tuple& scales) {
   if (failed) throw std::bad_alloc();
 }
 
-PrunedSource read_source(Fields& f) {
-  PrunedSource s;
-  s.data = f.pointer<const void>(), s.ld = f.next(), s.across = static_cast<int>(f.next());
-  s.rows = f.pointer<const int32_t>(), s.cols = f.pointer<const int32_t>(), s.run = 1;
-  s.stat = f.pointer<const float>(), s.scale = f.pointer<const float>(), s.shift = f.pointer<const float>();
-  s.group = f.next(), s.width = f.next();
-  require(s.data != nullptr, "operand", 0, "a non-null pointer");
-  return s;
-}
-
-// A list of channels holds numbers in [least, size): what a kernel would read or write beyond is refused here.
-void check_list(const char* name, const int32_t* list, int64_t count, int64_t least, int64_t size) {
-  for (int64_t i = 0; list && i < count; ++i)
-    if (list[i] < least || list[i] >= size) require(false, name, list[i], ("a number below " + std::to_string(size)).c_str());
-}
-
-// Whether a list is made of aligned runs of eight.
-bool in_runs(const int32_t* list, int64_t count) {
-  for (int64_t i = 0; list && i < count; ++i)
-    if (i % 8 ? list[i] != list[i - 1] + 1 : list[i] % 8 != 0) return false;
-  return list != nullptr && count % 8 == 0;
-}
-
-void run_pruned(int failed) {
-  if (failed) throw std::bad_alloc();
-}
-
-void pruned_gemm(const py::tuple& fields) {
-  Fields f(fields);
-  PrunedGemm g{};
-  g.bf16 = static_cast<int>(f.next()), g.threads = static_cast<int>(f.next());
-  g.m = f.next(), g.n = f.next(), g.k = f.next();
-  require(g.m >= 1 && g.n >= 1 && g.k >= 1, "product size", least_of(g.m, g.n, g.k), ">= 1");
-  require(g.threads >= 1, "threads", g.threads, ">= 1");
-  const int64_t sizes[4] = {f.next(), f.next(), f.next(), f.next()};  // memory rows and columns of a, then of b
-  g.a = read_source(f), g.b = read_source(f);
-  g.partial = f.pointer<const float>(), g.partial_ld = f.next(), g.bias = f.pointer<const float>();
-  g.gate = f.pointer<const float>(), g.gate_group = f.next();
-  g.act = static_cast<int>(f.next()), g.half = f.next();
-  g.u = f.pointer<void>(), g.u_ld = f.next();
-  g.residual = f.pointer<const void>(), g.residual_ld = f.next();
-  g.out = f.pointer<void>(), g.out_ld = f.next(), g.out_width = f.next(), g.out_bf16 = static_cast<int>(f.next());
-  g.out_rows = f.pointer<const int32_t>(), g.out_cols = f.pointer<const int32_t>(), g.fill = static_cast<int>(f.next());
-  f.done();
-  require(g.out != nullptr, "out", 0, "a non-null pointer");
-  PrunedSource* both[2] = {&g.a, &g.b};
-  for (int i = 0; i < 2; ++i) {
-    PrunedSource& s = *both[i];
-    const int64_t outer = i ? g.n : g.m;
-    check_list("rows", s.rows, s.across ? g.k : outer, -1, sizes[2 * i]);
-    check_list("index", s.cols, s.across ? outer : g.k, 0, sizes[2 * i + 1]);
-    s.run = in_runs(s.cols, s.across ? outer : g.k) ? 8 : 1;
-  }
-  check_list("out_index", g.out_cols, g.act == PRUNED_SWIGLU ? g.half : g.n, 0, g.out_width);
-  int failed;
-  {
-    py::gil_scoped_release release;
-    failed = tier().pruned_gemm(g);
-  }
-  run_pruned(failed);
-}
-
-void pruned_slope(const py::tuple& fields) {
-  Fields f(fields);
-  PrunedSlope s{};
-  s.bf16 = static_cast<int>(f.next()), s.dout_bf16 = static_cast<int>(f.next()), s.threads = static_cast<int>(f.next());
-  s.m = f.next(), s.n = f.next();
-  s.dout = f.pointer<const void>(), s.dout_ld = f.next(), s.u = f.pointer<const void>(), s.u_ld = f.next();
-  s.cols = f.pointer<const int32_t>();
-  const int64_t width = f.next();
-  s.gate = f.pointer<const float>(), s.gate_group = f.next(), s.act = static_cast<int>(f.next());
-  s.du = f.pointer<void>(), s.du_ld = f.next(), s.dbias = f.pointer<float>(), s.dgate = f.pointer<float>();
-  f.done();
-  require(s.m >= 1 && s.n >= 1 && s.threads >= 1, "size", least_of(s.m, s.n, s.threads), ">= 1");
-  require(s.dout != nullptr, "dout", 0, "a non-null pointer");
-  check_list("out_index", s.cols, s.act == PRUNED_SWIGLU ? s.n / 2 : s.n, 0, width);
-  int failed;
-  {
-    py::gil_scoped_release release;
-    failed = tier().pruned_slope(s);
-  }
-  run_pruned(failed);
-}
-
-PrunedNorm read_norm(Fields& f) {
-  PrunedNorm p{};
-  p.bf16 = static_cast<int>(f.next()), p.threads = static_cast<int>(f.next());
-  p.m = f.next(), p.k = f.next(), p.width = f.next();
-  p.x = f.pointer<const void>(), p.x_ld = f.next(), p.stat = f.pointer<float>();
-  require(p.m >= 1 && p.width >= 1 && p.threads >= 1, "size", least_of(p.m, p.width, p.threads), ">= 1");
-  require(p.x != nullptr, "x", 0, "a non-null pointer");
-  return p;
-}
-
-void pruned_stat(const py::tuple& fields, double eps) {
-  Fields f(fields);
-  const PrunedNorm p = read_norm(f);
-  f.done();
-  py::gil_scoped_release release;
-  tier().pruned_stat(p, eps);
-}
-
-void pruned_norm_backward(const py::tuple& fields) {
-  Fields f(fields);
-  PrunedNorm p = read_norm(f);
-  p.dh = f.pointer<const void>(), p.dh_ld = f.next(), p.cols = f.pointer<const int32_t>();
-  p.scale = f.pointer<const float>(), p.group = f.next();
-  p.dx = f.pointer<void>(), p.dx_ld = f.next(), p.dscale = f.pointer<float>(), p.dshift = f.pointer<float>();
-  f.done();
-  require(p.group >= 1, "group", p.group, ">= 1");
-  check_list("in_index", p.cols, p.k, 0, p.width);
-  int failed;
-  {
-    py::gil_scoped_release release;
-    failed = tier().pruned_norm_backward(p);
-  }
-  run_pruned(failed);
-}
-
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -422,6 +263,8 @@ py::dict build_info() {
 }
 
 }  // namespace
+
+int vk::current_tier() { return current; }
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Compiled CPU kernels of vidkern; internal: call the public functions of vidkern instead.";
@@ -452,10 +295,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("grid_attention_backward", &grid_backward);
   m.def("merge_attention_forward", [](const py::tuple& t) { merge(false, t); });
   m.def("merge_attention_backward", [](const py::tuple& t) { merge(true, t); });
-  m.def("pruned_gemm", &pruned_gemm);
-  m.def("pruned_slope", &pruned_slope);
-  m.def("pruned_stat", &pruned_stat);
-  m.def("pruned_norm_backward", &pruned_norm_backward);
+  bind_pruned(m);
+  bind_amf(m);
   for (int i = 0; i < 15; ++i)
     m.def(pyramid_names[i], [i](const py::tuple& fields, const py::tuple& scales) { run_pyramid(i, fields, scales); });
 }

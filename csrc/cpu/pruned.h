@@ -1,9 +1,14 @@
-// Interface between bindings.cpp and the tiers of the pruned layers. Plain data only: this header is seen by every tier.
+// Interface between pruned_bindings.cpp and the tiers of the pruned layers. Plain data only: this header is seen by every tier.
 #pragma once
 
 #include <stdint.h>
 
 namespace vk {
+
+// Sixteen neighbouring memory columns: which of them are picked, and how many are before.
+struct PrunedBlock {
+  int32_t mask, from;
+};
 
 // An operand of a product, S[r][k] with k contracted. `across`: memory rows are k and memory columns r, else the reverse. `rows` and
 // `cols` pick memory rows and columns (null: in order; a row of -1 is all zeros). On the way in a memory row may be normalised: times
@@ -14,6 +19,7 @@ struct PrunedSource {
   int across;
   const int32_t *rows, *cols;
   int run;  // `cols` is made of aligned runs of at least this many (1 or 8)
+  const PrunedBlock* blocks;  // the same as `cols`, or null
   const float *stat, *scale, *shift;  // scale holds 1 + scale
   int64_t group, width;  // memory rows that share a row of scale and shift; its length
 };

@@ -89,7 +89,7 @@ struct Product {
         chunk_rows(rows_of_chunk()),
         columns_at_a_time(columns_of_block()),
         chunks((args.m + chunk_rows - 1) / chunk_rows),
-        split(chunks < 2 * threads),
+        split(threads > 1 && chunks < 2 * threads),
         spread(!split && g.out_cols && (g.fill || g.residual)) {}
 
   int64_t rows_of_chunk() const {
@@ -180,44 +180,52 @@ struct Product {
     for (int64_t u = 0; u < units<MR>(g.a, rows); ++u) pack<MR>(g.a, u, first, rows, to, stage_buffer);
   }
 
-  void go(int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      float* const c = own + thread_number() * own_floats;
-      float* const stage_buffer = c + MC_MAX * TILE_STRIDE;
-      if (split) {
+  // A thread's share; the loops are split among those of the region that it is called in.
+  void share() {
+    float* const c = own + thread_number() * own_floats;
+    float* const stage_buffer = c + MC_MAX * TILE_STRIDE;
+    if (split) {
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < chunks; ++i) {
-          pack_chunk(i, a + i * chunk_rows * lanes, stage_buffer);
-          // Before anybody writes a part of these rows.
-          fill_rows(g, i * chunk_rows, least(g.m, (i + 1) * chunk_rows));
-        }
-      }
-      for (int64_t n0 = 0; n0 < g.n; n0 += columns_at_a_time) {
-        const int64_t n = least(columns_at_a_time, g.n - n0), strips = (n + NC - 1) / NC;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < units<NR>(g.b, n); ++i) pack<NR>(g.b, i, n0, n, b, stage_buffer);
-        const int64_t tasks = split ? chunks * strips : chunks;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t t = 0; t < tasks; ++t) {
-          const int64_t i = split ? t / strips : t, row = i * chunk_rows, rows = least(chunk_rows, g.m - row);
-          float* const packed = a + (split ? i : thread_number()) * chunk_rows * lanes;
-          if (!split) pack_chunk(i, packed, stage_buffer);
-          if (!split && !spread && n0 == 0) fill_rows(g, row, row + rows);
-          for (int64_t s = split ? t % strips : 0; s < (split ? t % strips + 1 : strips); ++s)
-            tile(packed, row, rows, n0, n, s * NC, least(NC, n - s * NC), c);
-        }
+      for (int64_t i = 0; i < chunks; ++i) {
+        pack_chunk(i, a + i * chunk_rows * lanes, stage_buffer);
+        // Before anybody writes a part of these rows.
+        fill_rows(g, i * chunk_rows, least(g.m, (i + 1) * chunk_rows));
       }
     }
+    for (int64_t n0 = 0; n0 < g.n; n0 += columns_at_a_time) {
+      const int64_t n = least(columns_at_a_time, g.n - n0), strips = (n + NC - 1) / NC;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < units<NR>(g.b, n); ++i) pack<NR>(g.b, i, n0, n, b, stage_buffer);
+      const int64_t tasks = split ? chunks * strips : chunks;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < tasks; ++t) {
+        const int64_t i = split ? t / strips : t, row = i * chunk_rows, rows = least(chunk_rows, g.m - row);
+        float* const packed = a + (split ? i : thread_number()) * chunk_rows * lanes;
+        if (!split) pack_chunk(i, packed, stage_buffer);
+        if (!split && !spread && n0 == 0) fill_rows(g, row, row + rows);
+        for (int64_t s = split ? t % strips : 0; s < (split ? t % strips + 1 : strips); ++s)
+          tile(packed, row, rows, n0, n, s * NC, least(NC, n - s * NC), c);
+      }
+    }
+  }
+
+  void go(int threads) {
+    // A region of one thread costs as much as a small product.
+    if (threads == 1) return share();
+#pragma omp parallel num_threads(threads)
+    share();
   }
 };
 
 template <class T>
-int product(const PrunedGemm& g) {
+int product(PrunedGemm g) {
   // Waking a second thread costs more than a product of this size.
   const int threads = static_cast<double>(g.m) * g.n * g.k < 5e5 ? 1 : g.threads;
   Product<T> p(g, threads);
-  const size_t lists = p.spread ? p.block_count() * sizeof(Block16) + p.all_strips() * sizeof(Strip) : 0;
+  const int64_t listed[2] = {g.a.across ? g.m : g.k, g.b.across ? g.n : g.k};
+  const int64_t counts[2] = {block_count(g.a.cols, listed[0]), block_count(g.b.cols, listed[1])};
+  size_t lists = p.spread ? p.block_count() * sizeof(Block16) + p.all_strips() * sizeof(Strip) : 0;
+  lists += static_cast<size_t>(counts[0] + counts[1]) * sizeof(PrunedBlock);
   char* const memory = static_cast<char*>(malloc(static_cast<size_t>(p.floats(threads)) * 4 + lists + 64));
   if (!memory) return 1;
   p.b = reinterpret_cast<float*>(memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64);
@@ -226,6 +234,11 @@ int product(const PrunedGemm& g) {
   p.strips = reinterpret_cast<Strip*>(p.own + threads * p.own_floats);
   p.blocks = reinterpret_cast<Block16*>(p.strips + (p.spread ? p.all_strips() : 0));
   p.plan();
+  PrunedBlock* at = reinterpret_cast<PrunedBlock*>(p.blocks + p.block_count());
+  for (int i = 0; i < 2; at += counts[i++]) {
+    PrunedSource& s = i ? g.b : g.a;
+    s.blocks = fill_blocks(s.cols, listed[i], at, counts[i]) ? at : nullptr;
+  }
   p.go(threads);
   free(memory);
   return 0;

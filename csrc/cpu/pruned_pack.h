@@ -106,6 +106,37 @@ VK_INLINE void stage_one(float from, float* to) { *to = from; }
 VK_INLINE void stage_one(bf16 from, float* to) { *to = to_float(from); }
 VK_INLINE void stage_one(bf16 from, bf16* to) { *to = from; }
 
+// The picked ones of sixteen values, packed; what follows them up to the sixteenth is overwritten.
+#if VK_TIER == 2
+VK_INLINE void compress(__mmask16 picked, const float* row, float* dst) {
+  _mm512_storeu_ps(dst, _mm512_maskz_compress_ps(picked, _mm512_maskz_loadu_ps(picked, row)));
+}
+VK_INLINE __m512i compressed(__mmask16 picked, const bf16* row) {
+  return _mm512_maskz_compress_epi32(picked, _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(picked, row)));
+}
+VK_INLINE void compress(__mmask16 picked, const bf16* row, float* dst) {
+  _mm512_storeu_si512(dst, _mm512_slli_epi32(compressed(picked, row), 16));
+}
+VK_INLINE void compress(__mmask16 picked, const bf16* row, bf16* dst) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtepi32_epi16(compressed(picked, row)));
+}
+#endif
+
+// The blocks of an ascending list of `count` columns into `blocks`, which has one more than the list's last column needs; false for any
+// other list, and where nothing reads them.
+VK_INLINE int64_t block_count(const int32_t* cols, int64_t count) { return cols && VK_TIER == 2 ? cols[count - 1] / LANES + 2 : 0; }
+VK_INLINE bool fill_blocks(const int32_t* cols, int64_t count, PrunedBlock* blocks, int64_t n) {
+  for (int64_t j = 1; n && j < count; ++j)
+    if (cols[j] <= cols[j - 1]) return false;
+  int64_t j = 0;
+  for (int64_t b = 0; b < n; ++b) {
+    blocks[b] = PrunedBlock{0, static_cast<int32_t>(j)};
+    for (; j < count && cols[j] < (b + 1) * LANES; ++j) blocks[b].mask |= 1 << (cols[j] - b * LANES);
+  }
+  return n > 0;
+}
+
+// Picked columns [first, first + count) of a row; up to fifteen values after them are overwritten.
 template <class T, class S>
 VK_INLINE void gather(const T* row, const PrunedSource& s, int64_t first, int64_t count, S* dst) {
   if (!s.cols) {
@@ -113,6 +144,18 @@ VK_INLINE void gather(const T* row, const PrunedSource& s, int64_t first, int64_
     return;
   }
   const int32_t* cols = s.cols + first;
+#if VK_TIER == 2
+  if (s.blocks) {
+    const PrunedBlock* block = s.blocks + cols[0] / LANES;
+    row += cols[0] / LANES * LANES;
+    compress(static_cast<__mmask16>(block->mask & -(1 << cols[0] % LANES)), row, dst);
+    for (int64_t j = (++block)->from - first; j < count; j = (++block)->from - first) {
+      row = row + LANES;
+      compress(static_cast<__mmask16>(block->mask), row, dst + j);
+    }
+    return;
+  }
+#endif
   int64_t j = 0;
   if (s.run >= 8 && first % 8 == 0)
     for (; j + 8 <= count; j += 8)
@@ -148,8 +191,9 @@ VK_INLINE void stage(const PrunedSource& s, int64_t row, int64_t first, int64_t 
   memset(dst + count, 0, static_cast<size_t>(padded_count - count) * sizeof(S));
 }
 
-// What one thread needs for staging: a row being normalised, and sixteen rows of STAGE lanes (or two of 8 STAGE).
-constexpr int64_t STAGE_FLOATS = 2 * STAGE + 16 * STAGE;
+// What one thread needs for staging: a row being normalised, and sixteen rows of STAGE lanes (or two of 8 STAGE), and what gathering
+// overwrites after the last.
+constexpr int64_t STAGE_FLOATS = 2 * STAGE + 16 * STAGE + LANES;
 
 template <class T>
 VK_INLINE bool as_it_lies(const PrunedSource& s) {

@@ -25,9 +25,18 @@ RUNS = {
     "pyramids": (("tests/triton/pyramid_interpreted.py",), 15),
     # Every part of the pruned ops and every shipped tile.
     "pruned": (("tests/triton/pruned_interpreted.py",), 17),
+    # Attention motion flow: every form against the reference.
+    "motion": (("tests/triton/amf_interpreted.py", "-k", "not without_gradient and not every_shipped"), 31),
 }
 # Every sample in every dtype, and what is marked slow.
-SLOW_RUNS = {"the rest": (("tests/every_op", "-m", "slow", "-k", "triton"), 50)}
+SLOW_RUNS = {
+    "the rest": (("tests/every_op", "-m", "slow", "-k", "triton"), 50),
+    # Every shipped tile, and what a user sees of it; ties have a quicker test of their own.
+    "motion, whole": (
+        ("tests/triton/amf_interpreted.py", EVERY_OP + "test_motion.py", "-k", "(amf_interpreted and (without_gradient or every_shipped)) "
+         "or (test_motion and triton and not ties)"), 61,
+    ),
+}  # fmt: skip
 
 
 def run(arguments):

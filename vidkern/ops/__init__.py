@@ -5,7 +5,7 @@ import importlib
 ROOMS = (
     "grid_attention", "merge_attention", "pyramid_decompose", "pyramid_merge", "pyramid_flow_inputs", "pyramid_flow_loss",
     "pyramid_flow_step", "pyramid_stage_inputs", "pyramid_stage_transition", "pruned_linear",
-    "pruned_ffn", "pruned_linear_grouped",
+    "pruned_ffn", "pruned_linear_grouped", "attention_motion_flow",
 )  # fmt: skip
 
 

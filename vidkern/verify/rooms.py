@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..ops.grid_attention import cost as attention_cost
 from ..ops.grid_attention import reference as attention_reference
 from ..ops.merge_attention import cost as merge_cost
-from . import probes, pruned_rooms, pyramid_rooms
+from . import amf_rooms, probes, pruned_rooms, pyramid_rooms
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ ROOMS = {
         merge_cost.SAMPLES, merge_inputs, merge_call, merge_yardstick, ("outs and lses",), ("out", "lse"), MERGE_LARGE
     ),
     **{op: Room(*parts) for op, parts in (pyramid_rooms.ROOMS | pruned_rooms.ROOMS).items()},
+    **{op: Room(*parts, probes=amf_rooms.PROBES[op]) for op, parts in amf_rooms.ROOMS.items()},
 }
 
 
