@@ -9,7 +9,7 @@ if __name__ != "vidkern.models":
 
 import importlib
 
-__all__ = ["dfm", "four_real", "mobile_dit", "shared"]
+__all__ = ["dfm", "ditflow", "four_real", "mobile_dit", "shared"]
 
 
 def __getattr__(name):

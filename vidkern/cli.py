@@ -10,12 +10,18 @@ import vidkern
 from vidkern.errors import UserError, missing_extra
 
 # Each module has run(args) -> int | None and, where it takes options, add_arguments(parser).
-DEMOS = {"four-real": "vidkern.models.four_real.demo", "dfm": "vidkern.models.dfm.demo", "mobile": "vidkern.models.mobile_dit.demo"}
-COMMANDS = {"bench": "vidkern.bench.cli", "verify": "vidkern.verify.command"}
+DEMOS = {
+    "four-real": "vidkern.models.four_real.demo",
+    "dfm": "vidkern.models.dfm.demo",
+    "mobile": "vidkern.models.mobile_dit.demo",
+    "ditflow": "vidkern.models.ditflow.demo",
+}
+COMMANDS = {"bench": "vidkern.bench.cli", "verify": "vidkern.verify.command", "motion": "vidkern.models.ditflow.command"}
 HELP = {
     "info": "what is installed, what was built, which backend each op chooses and why",
     "demo": "train and sample a small model on the bundled clip or on procedural scenes and show the result",
     "bench": "measure the ops against their peers on this machine",
+    "motion": "extract the attention motion flow of a clip and draw it",
     "verify": "check that every backend is right on this device, and record it",
 }
 INTERRUPTED = 130  # the shell's own status for a command ended by Ctrl-C

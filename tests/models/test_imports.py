@@ -26,7 +26,7 @@ def test_parts_can_be_taken_alone(tmp_path):
     assert done.stdout.split() == ["False", "False", "vidkern.models.shared.dit"], done.stderr
 
 
-@pytest.mark.parametrize("package", ["dfm", "four_real", "mobile_dit", "shared"])
+@pytest.mark.parametrize("package", ["dfm", "ditflow", "four_real", "mobile_dit", "shared"])
 def test_every_public_name_resolves(package):
     import importlib
 

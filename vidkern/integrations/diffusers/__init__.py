@@ -1,4 +1,4 @@
-"""diffusers transformers on vidkern: its attention (``enable_vidkern(transformer, pattern=...)``), and models made of them.
+"""diffusers transformers on vidkern: its attention (``enable_vidkern(transformer, pattern=...)``), models made of them, motion transfer.
 
 Importing this package does not import diffusers.
 """
@@ -16,6 +16,9 @@ _HOMES = {
     "dfm_from_diffusers": "dfm",
     "DFMFlowMatchEulerScheduler": "dfm_scheduler",
     "DFMSchedulerOutput": "dfm_scheduler",
+    "MotionTransferPipeline": "motion_pipeline",
+    "motion_adapter": "motion",
+    "noise_function": "motion_pipeline",
 }
 __all__ = sorted(_HOMES)
 
