@@ -7,14 +7,10 @@ import functools
 
 import torch
 
-from vidkern import _cpu
+from .tape import launch
 
 ACTS = {"none": 0, "gelu_tanh": 1, "silu": 2, "swiglu": 3}
 LANES = 16
-
-
-def _pointer(t) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 class Source:
@@ -27,8 +23,7 @@ class Source:
     def fields(self) -> tuple:
         p = self.prologue
         return (
-            self.t.data_ptr(), self.t.stride(0), self.across, _pointer(self.rows), _pointer(self.cols), _pointer(p.stat), _pointer(p.scale),
-            _pointer(p.shift), p.group, p.width,
+            self.t, self.t.stride(0), self.across, self.rows, self.cols, p.stat, p.scale, p.shift, p.group, p.width,
         )  # fmt: skip
 
 
@@ -49,7 +44,7 @@ class Prologue:
         stat = None
         if norm:
             stat = torch.empty(tokens, dtype=torch.float32)
-            _cpu.pruned_stat((x.dtype is torch.bfloat16, torch.get_num_threads(), tokens, 1, width, x.data_ptr(), x.stride(0), stat.data_ptr()), eps)
+            launch("pruned_stat", (x.dtype is torch.bfloat16, torch.get_num_threads(), tokens, 1, width, x, x.stride(0), stat), eps)
         count = max(1 if t is None else t.numel() // width for t in (scale, shift))
 
         def picked(t):
@@ -78,11 +73,11 @@ def product(
         residual: like ``out``, whose memory it may share.
         fill: what columns outside ``out_cols`` become: 0 what they are, 1 the residual, 2 zero.
     """
-    _cpu.pruned_gemm((
+    launch("pruned_gemm", (
         a.t.dtype is torch.bfloat16, torch.get_num_threads(), m, n, k, *a.t.shape, *b.t.shape, *a.fields(), *b.fields(),
-        _pointer(partial), 0 if partial is None else partial.stride(0), _pointer(bias), _pointer(gate), 0 if gate is None else m // gate.shape[0],
-        ACTS[act], half, _pointer(u), 0 if u is None else u.stride(0), _pointer(residual), 0 if residual is None else residual.stride(0),
-        out.data_ptr(), out.stride(0), out.shape[1], out.dtype is torch.bfloat16, _pointer(out_rows), _pointer(out_cols), fill,
+        partial, 0 if partial is None else partial.stride(0), bias, gate, 0 if gate is None else m // gate.shape[0],
+        ACTS[act], half, u, 0 if u is None else u.stride(0), residual, 0 if residual is None else residual.stride(0),
+        out, out.stride(0), out.shape[1], out.dtype is torch.bfloat16, out_rows, out_cols, fill,
     ))  # fmt: skip
 
 
@@ -91,10 +86,10 @@ def slope(dout, u, cols, gate, act, n, du, dbias, dgate) -> None:
     ``dgate`` [groups, n], float32, or None. ``n``: columns of u."""
     m = dout.shape[0]
     like = du if du is not None else u if u is not None else dout
-    _cpu.pruned_slope((
-        like.dtype is torch.bfloat16, dout.dtype is torch.bfloat16, torch.get_num_threads(), m, n, dout.data_ptr(), dout.stride(0),
-        _pointer(u), 0 if u is None else u.stride(0), _pointer(cols), dout.shape[1], _pointer(gate), m if gate is None else m // gate.shape[0],
-        ACTS[act], _pointer(du), 0 if du is None else du.stride(0), _pointer(dbias), _pointer(dgate),
+    launch("pruned_slope", (
+        like.dtype is torch.bfloat16, dout.dtype is torch.bfloat16, torch.get_num_threads(), m, n, dout, dout.stride(0),
+        u, 0 if u is None else u.stride(0), cols, dout.shape[1], gate, m if gate is None else m // gate.shape[0],
+        ACTS[act], du, 0 if du is None else du.stride(0), dbias, dgate,
     ))  # fmt: skip
 
 
@@ -121,9 +116,9 @@ def normed_backward(dh, x, in_index, prologue, dx, dscale, dshift) -> None:
     group = p.group or m
     shape = (m // group, k)
     sums = [None if t is None else torch.zeros(shape) for t in (dscale, dshift)]
-    _cpu.pruned_norm_backward((
-        x.dtype is torch.bfloat16, torch.get_num_threads(), m, k, width, x.data_ptr(), x.stride(0), _pointer(p.stat), dh.data_ptr(), dh.stride(0),
-        _pointer(in_index), _pointer(p.scale), group, dx.data_ptr(), dx.stride(0), _pointer(sums[0]), _pointer(sums[1]),
+    launch("pruned_norm_backward", (
+        x.dtype is torch.bfloat16, torch.get_num_threads(), m, k, width, x, x.stride(0), p.stat, dh, dh.stride(0),
+        in_index, p.scale, group, dx, dx.stride(0), sums[0], sums[1],
     ))  # fmt: skip
     for target, part in zip((dscale, dshift), sums):
         if target is not None:

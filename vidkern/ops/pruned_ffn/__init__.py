@@ -14,6 +14,7 @@ from ... import registry
 from ..launch import cpu_why_not, fill, triton_why_not
 from ..pruned import checks
 from ..pruned.index import resolve
+from ..pruned.plans import PlannedOp
 from ..pruned.wants import INNER, OUTER, RESIDUAL, wanted
 from . import cost, reference, tiles
 
@@ -82,7 +83,7 @@ def _scatter(outputs, args, grads):
 
 
 _REST = "Tensor? keep, SymInt slab, SymInt tile, str act, bool norm, float eps, int wants, str impl)"
-OP = registry.Op(
+OP = PlannedOp(
     "pruned_ffn",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gate, Tensor? mask, Tensor? residual, Tensor? scale, "
     f"Tensor? shift, {_REST} -> Tensor",
@@ -108,6 +109,8 @@ OP = registry.Op(
     cast=(0, 1, 2, 3, 4),
     flops=_flops,
     out=True,
+    tensors=10,
+    residual=7,
 )
 
 
@@ -141,6 +144,10 @@ def pruned_ffn(
         BackendUnavailable: the backend named cannot serve these arguments.
         RuntimeError: ``out`` was given while something requires grad, or on double backward.
     """
+    tensors, asked = (x, w1, b1, w2, b2, gate, mask, residual, scale, shift), (keep,)
+    key = OP.key(tensors, asked, (slab, tile, act, norm, eps, impl)) if out is None else None
+    if key is not None and (known := OP.known(key, tensors)) is not None:
+        return known
     high = {"b1": b1, "b2": b2, "gate": gate, "mask": mask, "residual": residual, "scale": scale, "shift": shift}
     checks.inputs(x, {"w1": w1, "w2": w2}, high)
     for name, w in (("w1", w1), ("w2", w2)):
@@ -174,9 +181,9 @@ def pruned_ffn(
     checks.residual(residual, x, outputs)
     norm = checks.norm_and_eps(norm, eps)
     grads = wanted((x, scale, shift), (w1, b1, w2, b2), (gate, mask), residual)
-    args = (x, w1, b1, w2, b2, gate, mask, residual, scale, shift, keep, slab, tile, act, norm, float(eps), grads, impl)
+    rest = (slab, tile, act, norm, float(eps))
     if out is None:
-        return OP(*args)
+        return OP.serve(key, tensors, asked, (keep,), (*rest, grads, impl))
     checks.tensor("out", out)
-    OP.call_out((out,), *args[:-2], 0, impl)
+    OP.call_out((out,), *tensors, keep, *rest, 0, impl)
     return out

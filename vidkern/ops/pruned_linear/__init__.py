@@ -16,6 +16,7 @@ from ..launch import cpu_why_not, fill, triton_why_not
 from ..pruned import checks, compose
 from ..pruned.activations import width
 from ..pruned.index import ChannelIndex, resolve
+from ..pruned.plans import PlannedOp
 from ..pruned.wants import INNER, OTHERS, OUTER, RESIDUAL, wanted
 from . import cost, reference
 
@@ -114,7 +115,7 @@ def _scatter(outputs, args, grads):
     return dx, dweight, dbias, dgate, dmask, grads[0] if args[17] & RESIDUAL else None, dscale, dshift
 
 
-OP = registry.Op(
+OP = PlannedOp(
     "pruned_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? mask, Tensor? residual, Tensor? scale, Tensor? shift, "
     "Tensor? in_index, Tensor? out_index, Tensor? rows, Tensor? columns, SymInt slab, str act, bool norm, float eps, "
@@ -141,6 +142,8 @@ OP = registry.Op(
     cast=(0, 1, 2),
     flops=_flops,
     out=True,
+    tensors=8,
+    residual=5,
 )
 
 
@@ -184,6 +187,10 @@ def pruned_linear(
         BackendUnavailable: the backend named cannot serve these arguments.
         RuntimeError: ``out`` was given while something requires grad, or on double backward.
     """
+    tensors, asked = (x, weight, bias, gate, mask, residual, scale, shift), (in_index, out_index, rows, columns)
+    key = OP.key(tensors, asked, (slab, act, norm, eps, out_features, impl)) if out is None else None
+    if key is not None and (known := OP.known(key, tensors)) is not None:
+        return known
     checks.inputs(x, {"weight": weight}, {"bias": bias, "gate": gate, "mask": mask, "residual": residual, "scale": scale, "shift": shift})
     if weight.dim() != 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}, expected [out, in]")
@@ -227,12 +234,9 @@ def pruned_linear(
         raise ValueError(f"out_index: {out_index.shape[0]} channels, expected {written}, one per channel that the layer writes")
     norm = checks.norm_and_eps(norm, eps)
     grads = wanted((x, scale, shift), (weight, bias), (gate, mask), residual)
-    args = (
-        x, weight, bias, gate, mask, residual, scale, shift, in_index, out_index, rows, columns, slab, act, norm, float(eps), features, grads,
-        impl,
-    )
+    lists, rest = (in_index, out_index, rows, columns), (slab, act, norm, float(eps), features)
     if out is None:
-        return OP(*args)[0]
+        return OP.serve(key, tensors, asked, lists, (*rest, grads, impl))
     checks.tensor("out", out)
-    OP.call_out((out, x.new_empty(0)), *args[:-2], 0, impl)
+    OP.call_out((out, x.new_empty(0)), *tensors, *lists, *rest, 0, impl)
     return out

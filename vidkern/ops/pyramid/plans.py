@@ -9,15 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from ... import registry
-
-_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transforms, _tracing, _profiled = (
-    torch._C._are_functorch_transforms_active, torch._C._get_tracing_state, torch.autograd._profiler_enabled
-)  # fmt: skip
-LIMIT = 1024  # entries of a table before it starts anew
+from ..quiet import PLAIN, alone, explaining, keep
 
 
 class Place(NamedTuple):
@@ -43,20 +37,6 @@ class Launch(NamedTuple):
         self.kernel(tuple(f.resolved() if type(f) is Place else f for f in self.fields), self.scale)
 
 
-def alone() -> bool:
-    """Whether nothing looks at calls but torch itself: no compiler, mode, transform, tracer or profiler."""
-    return not (
-        torch.compiler.is_compiling()
-        or _modes()
-        or _function_modes()
-        or _transforms()
-        or forward_ad._current_level >= 0
-        or _tracing() is not None
-        or _profiled()
-    )
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _facts = operator.attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 
@@ -92,14 +72,14 @@ class Op(registry.Op):
         """
         key = None
         quiet = alone() if quiet is None else quiet
-        if ready.kept and quiet and getattr(registry._local, "explaining", None) is None:
+        if ready.kept and quiet and not explaining():
             key = (
                 ready, registry._forced if impl is None else impl, torch.get_num_threads(), *map(type, tensors),
                 *[t.stride() for t in tensors],
             )  # fmt: skip
             plan = self._plans.get(key)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors, *(out or ())):
-                if out is None and all(type(t) in _PLAIN for t in tensors):
+                if out is None and all(type(t) in PLAIN for t in tensors):
                     return _Direct.apply(self, key, build, random, *tensors)
                 key = None
             elif plan is not None and (out is None or _fits(out, plan[0])):
@@ -110,7 +90,7 @@ class Op(registry.Op):
         if out is not None:
             self.call_out(out, *args)
             return out
-        if key is None or not all(type(t) in _PLAIN for t in tensors):
+        if key is None or not all(type(t) in PLAIN for t in tensors):
             outputs = self(*args)
             return outputs if isinstance(outputs, tuple) else (outputs,)
         return self._planning(key, (*args[:-1], key[1]), random)
@@ -127,7 +107,7 @@ class Op(registry.Op):
         launch.run()
         plan = _plan(launch, [*outputs, *(t for t in registry._flatten(args)[0] if isinstance(t, torch.Tensor))])
         if plan is not None:
-            _keep(self._plans, key, ([(t.shape, t.dtype) for t in outputs], plan))
+            keep(self._plans, key, ([(t.shape, t.dtype) for t in outputs], plan))
         return outputs
 
 
@@ -176,15 +156,9 @@ def _without_tensors(value):
 
 def _fits(out, wanted) -> bool:
     return all(
-        type(t) in _PLAIN and t.shape == shape and t.dtype is dtype and t.is_cpu and t.is_contiguous()
+        type(t) in PLAIN and t.shape == shape and t.dtype is dtype and t.is_cpu and t.is_contiguous()
         for t, (shape, dtype) in zip(out, wanted)
     )
-
-
-def _keep(table: dict, key, value) -> None:
-    if len(table) >= LIMIT:
-        table.clear()
-    table[key] = value
 
 
 def remembered(check):
@@ -218,7 +192,7 @@ def remembered(check):
         if found is None:
             found = check(tensors, *rest)
             found.kept = True
-            _keep(kept, key, found)
+            keep(kept, key, found)
         return found
 
     return call
@@ -251,7 +225,7 @@ def planned(describe):
         launch.run()
         plan = _plan(launch, tensors)
         if plan is not None:
-            _keep(kept, key, plan)
+            keep(kept, key, plan)
 
     run.describe = describe
     return run
