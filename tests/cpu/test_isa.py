@@ -14,7 +14,7 @@ _cpu = pytest.importorskip("vidkern._cpu")
 
 ROOT = Path(__file__).resolve().parents[2]
 TIERS = ("portable", "avx2", "avx512")
-SOURCES = sorted(p.stem for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if p.stem not in ("bindings", "cpuid"))
+SOURCES = sorted(p.stem for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if not p.stem.endswith("bindings") and p.stem != "cpuid")
 FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def test_interrupt_resume_and_results(tmp_path):
     assert [[cell is None for cell in row] for row in metrics["psnr_per_cell"]["model"]] == [[True] * 8] + [[True] + [False] * 7] * 3
     assert len(read_video(out / "grid.mp4").frames) >= 8
     page = (out / "report.html").read_text()
-    assert page.count("src=\"data:") == 2 and "http" not in page.replace("http://www.w3.org", "") and "grid_attention" in page
+    assert page.count("src=\"data:") == 2 and "grid_attention" in page
+    # Nothing is loaded from elsewhere; base64 may spell anything.
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", page).replace("http://www.w3.org", "")
     assert f"margin {metrics['margin_db_over_best']:+.2f} dB" in done.stdout
 
 

@@ -61,8 +61,8 @@ class _Operands:
 
     def __init__(self, *tensors):
         self.batch, self.groups, heads, self.tokens, dim = tensors[0].shape
-        beside = all(heads == 1 or t.stride(2) == dim for t in tensors)
-        self.heads, self.dim = (1, heads * dim) if beside else (heads, dim)
+        # Heads that lie side by side could be one long head, but sums would then go in another order than where they lie apart.
+        self.heads, self.dim = heads, dim
         self.channels, self.itemsize = heads * dim, tensors[0].element_size()
         steps = [s for t in tensors for s in self._steps(t)]
         self.unit = 8 if all(s % 8 == 0 for s in (dim, *steps)) else 1
@@ -97,6 +97,13 @@ class _Operands:
         return (self.dim // self.unit, per_head, self.heads * per_head), {"BLOCK_K": block, "EVEN_K": self.dim % block == 0}
 
 
+def _regular(t):
+    """``t`` itself, or a dense copy of it in the order of its strides where its rows are not aligned to 16 bytes: one tile and one order of
+    sums whatever the strides, hence the same bits."""
+    steps = (s for s, n in zip(t.stride()[:4], t.shape) if n > 1)
+    return t if all(s % 8 == 0 for s in steps) else t.clone(memory_format=torch.preserve_format)
+
+
 def forward(q, k, pairs, *, grid, scale, mean, index, lse, top, entropy) -> None:
     """Fill those of the results that are not None.
 
@@ -108,6 +115,7 @@ def forward(q, k, pairs, *, grid, scale, mean, index, lse, top, entropy) -> None
             (natural log), top (largest probability) and entropy (nats): float32 [B, G, P, S]. All contiguous.
     """
     frames, size, width, inverse = _frame(grid)
+    q, k = _regular(q), _regular(k)
     x = _Operands(q, k)
     times = x.batch * x.groups
     lean = index is None and top is None and entropy is None
@@ -128,6 +136,7 @@ def vote(q, k, lse, pairs, *, grid, scale, index, top) -> None:
     """Fill ``index`` int32 and ``top`` float32, contiguous [B, 1, P, S], those that are not None: place (the lowest of equals) and value of
     the largest probability, averaged over the groups. Other arguments as in :func:`forward`; ``lse`` is its result."""
     frames, size, _, _ = _frame(grid)
+    q, k = _regular(q), _regular(k)
     x = _Operands(q, k)
     c, constants = x.config("vote", q.device, len(pairs) * size, size, x.batch)
     sizes, chunked = x.chunks(c)
@@ -148,6 +157,7 @@ def backward(dmean, dlse, q, k, mean, lse, pairs, *, grid, scale, dq, dk) -> Non
     query frame at a time, and for 16-bit q a float32 [N, channels] where a target has several query frames.
     """
     frames, size, width, inverse = _frame(grid)
+    q, k = _regular(q), _regular(k)
     x = _Operands(q, k, dq, dk)
     blocks, n_pairs = triton.cdiv(size, _BLOCK_ROWS), len(pairs)
     maps = (x.batch, x.groups, n_pairs)

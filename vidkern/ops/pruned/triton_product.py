@@ -25,6 +25,7 @@ def sigmoids(x):
 
 @triton.jit
 def activate(u, ACT: tl.constexpr):
+    """act(u): 0 none, 1 gelu (tanh form), 2 silu."""
     if ACT == 1:
         s, _ = sigmoids(u * (GELU_1 + GELU_3 * u * u))
         return u * s
