@@ -140,7 +140,7 @@ void norm_backward(Fields f, double) {
   run_kernel([&] { return tier().norm_backward(p); });
 }
 
-// The two things that are done to memory between kernels: zeros, and values as they are or from float to bfloat16 and back.
+// The two things that are done to memory between kernels: zeros, and values, from float to bfloat16 and back, with a number added.
 void zero(Fields f, double) {
   void* const to = f.pointer<void>();
   const int64_t bytes = f.next();
@@ -155,29 +155,38 @@ uint16_t rounded(float v) {
   return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-void copy(Fields f, double) {
-  char* const to = f.pointer<char>();
-  const bool to_bf16 = f.next();
-  const char* const from = f.pointer<const char>();
-  const bool from_bf16 = f.next();
-  const int64_t count = f.next();
-  f.done();
-  if (to_bf16 == from_bf16) {
-    memcpy(to, from, static_cast<size_t>(count) * (to_bf16 ? 2 : 4));
-    return;
+float value_at(const char* from, bool bf16, int64_t i) {
+  float v;
+  if (!bf16) {
+    memcpy(&v, from + 4 * i, 4);
+    return v;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    float v;
-    if (to_bf16) {
-      memcpy(&v, from + 4 * i, 4);
-      const uint16_t r = rounded(v);
-      memcpy(to + 2 * i, &r, 2);
-    } else {
-      uint16_t half;
-      memcpy(&half, from + 2 * i, 2);
-      const uint32_t u = static_cast<uint32_t>(half) << 16;
-      memcpy(&v, &u, 4);
-      memcpy(to + 4 * i, &v, 4);
+  uint16_t half;
+  memcpy(&half, from + 2 * i, 2);
+  const uint32_t u = static_cast<uint32_t>(half) << 16;
+  memcpy(&v, &u, 4);
+  return v;
+}
+
+// to[r][j] = from[r][j] + number, `to` dense.
+void copy(Fields f, double number) {
+  char* to = f.pointer<char>();
+  const bool to_bf16 = f.next();
+  const char* from = f.pointer<const char>();
+  const bool from_bf16 = f.next();
+  const int64_t rows = f.next(), columns = f.next(), from_ld = f.next();
+  f.done();
+  const float plus = static_cast<float>(number);
+  const int64_t to_size = to_bf16 ? 2 : 4, from_size = from_bf16 ? 2 : 4;
+  for (int64_t r = 0; r < rows; ++r, to += columns * to_size, from += from_ld * from_size) {
+    if (to_bf16 == from_bf16 && number == 0) {
+      memcpy(to, from, static_cast<size_t>(columns * to_size));
+      continue;
+    }
+    for (int64_t j = 0; j < columns; ++j) {
+      const float v = value_at(from, from_bf16, j) + plus;
+      const uint16_t half = rounded(v);
+      to_bf16 ? memcpy(to + 2 * j, &half, 2) : memcpy(to + 4 * j, &v, 4);
     }
   }
 }

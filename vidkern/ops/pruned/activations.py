@@ -17,6 +17,7 @@ def width(act: str, channels: int) -> int:
 
 
 def forward(u: torch.Tensor, act: str) -> torch.Tensor:
+    """act(u): as wide as ``u``, for pairs half as wide."""
     if act == "gelu_tanh":
         return F.gelu(u, approximate="tanh")
     if act == "silu":

@@ -12,6 +12,7 @@ FLOAT = torch.float32
 
 
 def tensor(name: str, t, dims: int | None = None) -> torch.Tensor:
+    """``t``; TypeError when it is no tensor, ValueError when it is not dense, floating-point, non-empty and of ``dims`` dimensions."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: {type(t).__name__}, expected a torch.Tensor")
     if t.layout is not torch.strided:
@@ -48,6 +49,7 @@ def inputs(x, low: dict, high: dict) -> int:
 
 
 def activation(act, channels: int, name: str = "weight") -> None:
+    """ValueError for an unknown activation, and for pairs of an odd number of ``channels``; ``name``: whose rows they are."""
     if act not in ACTS:
         raise ValueError(f"act: {act!r}, expected one of {', '.join(map(repr, ACTS))}")
     if act == "swiglu" and channels % 2:
@@ -55,6 +57,7 @@ def activation(act, channels: int, name: str = "weight") -> None:
 
 
 def vector(name: str, t, size: int, why: str) -> None:
+    """ValueError for a ``t`` (not None) that is not [size], which ``why`` explains."""
     if t is not None and tuple(t.shape) != (size,):
         raise ValueError(f"{name}: shape {tuple(t.shape)}, expected ({size},): {why}")
 
@@ -79,6 +82,7 @@ def slab_mask(name: str, t, channels: int) -> None:
 
 
 def norm_and_eps(norm, eps) -> bool:
+    """Whether there is a norm; ValueError for an unknown one, and for an ``eps`` that is no finite number >= 0."""
     if norm not in (None, "rms"):
         raise ValueError(f'norm: {norm!r}, expected None or "rms"')
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
@@ -87,6 +91,7 @@ def norm_and_eps(norm, eps) -> bool:
 
 
 def positive(name: str, value) -> int:
+    """``value`` if it is an integer (or a symbolic size) of at least 1; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
         raise ValueError(f"{name}: {value!r}, expected an integer >= 1")
     return value

@@ -123,5 +123,5 @@ def normed_backward(dh, x, in_index, prologue, dx, dscale, dshift) -> None:
     for target, part in zip((dscale, dshift), sums):
         if target is not None:
             wide = target.view(-1, width)
-            part = part.view(wide.shape[0], -1, k).sum(1)
+            part = part if part.shape[0] == wide.shape[0] else part.view(wide.shape[0], -1, k).sum(1)
             wide.copy_(part if in_index is None else part.new_zeros(wide.shape).index_copy(1, in_index.long(), part))

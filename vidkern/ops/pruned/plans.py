@@ -22,7 +22,7 @@ class _Maker:
     def __init__(self, wanted, given):
         self._recipes = []
         for t in wanted:
-            like = [i for i, g in enumerate(given) if g.shape == t.shape and g.dtype is t.dtype and g.is_contiguous() and g.is_cpu]
+            like = [i for i, g in enumerate(given) if g.shape == t.shape and g.dtype is t.dtype and g.stride() == t.stride()]
             self._recipes.append((like[0] if like and t.is_contiguous() else None, t.shape, t.stride(), t.dtype))
 
     def __call__(self, given) -> list[torch.Tensor]:
@@ -79,7 +79,7 @@ class Plan:
         outputs = self.op._allocate(*args)
         run = self.op.backends[0].run
         if repeat is None:
-            self.forward = _noted([t for t in outputs if t.numel()], given, run, outputs, args)
+            self.forward = _noted([t for t in outputs if t.numel()], given, [tensors[i] for i in self.op.sliced], run, outputs, args)
         else:
             run(outputs, *args)
         return [t if t.numel() else None for t in outputs]
@@ -105,7 +105,7 @@ class Plan:
             return op.gradient.scatter(outputs, rest, (dout,))
         made = [t for t in outputs if t.numel()]
         which = [i for i, t in enumerate(all_given) if t is not None and t.numel() and t.is_floating_point()]
-        repeat = _noted(made, [all_given[i] for i in which], run, outputs, args)
+        repeat = _noted(made, [all_given[i] for i in which], [saved[i] for i in op.sliced], run, outputs, args)
         grads = op.gradient.scatter(outputs, rest, (dout,))
         places = {id(t): i for i, t in enumerate((*made, dout, None))}
         keep(self.backward, key, repeat and (repeat, [places[id(g)] for g in grads], which))
@@ -116,11 +116,11 @@ class Plan:
         return (*(None,) * (self.op.tensors + len(self.lists)), *self.rest)
 
 
-def _noted(made, given, run, outputs, args) -> _Repeat | bool:
+def _noted(made, given, sliced, run, outputs, args) -> _Repeat | bool:
     """Run a launcher; what repeats it for other tensors ``given`` with new ones like ``made``, or False."""
     from .tape import Tape
 
-    with Tape([*made, *given]) as tape:
+    with Tape([*made, *given], [*made, *sliced]) as tape:
         run(outputs, *args)
     program = tape.program()
     return program is not None and _Repeat(program, made, given)
@@ -158,11 +158,12 @@ class _Node(torch.autograd.Function):
 
 class PlannedOp(registry.Op):
     """An op whose arguments are ``tensors`` differentiable ones (or None), then lists of channels, then numbers and names, the last two
-    ``wants`` and ``impl``; the residual is the one at ``residual``. Its first backend is the compiled one."""
+    ``wants`` and ``impl``; the residual is the one at ``residual``. Its first backend is the compiled one, which reads parts of the tensors
+    at ``sliced``; these come before the residual, so that they have the same places among the saved ones."""
 
-    def __init__(self, *args, tensors: int, residual: int, **more):
+    def __init__(self, *args, tensors: int, residual: int, sliced: tuple[int, ...], **more):
         super().__init__(*args, **more)
-        self.tensors, self.residual = tensors, residual
+        self.tensors, self.residual, self.sliced = tensors, residual, sliced
         self.returned = len(self.overload._schema.returns)
         self._plans: dict[tuple, Plan] = {}
         self._seen: dict[tuple, bool] = {}  # kinds of calls that came once: a plan is made when they come again

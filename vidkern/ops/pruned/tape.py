@@ -1,12 +1,14 @@
 """One call of the compiled kernels, taken down as a program that repeats it on other tensors of the same shapes.
 
-The launchers run as always; what they launch is noted, and a mode notes what torch does in between: memory made, cleared or copied,
-views, arithmetic on lists of channels (which are constants). Anything else cannot be repeated, and there is no program.
+The launchers run as always; what they launch is noted, and a mode notes what torch does in between: memory made, cleared or copied (with
+a number added), views, arithmetic on lists of channels (which are constants). Anything else cannot be repeated: there is no program.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,25 +48,46 @@ class _Watch(TorchDispatchMode):
         return result
 
 
+class _Slot(NamedTuple):
+    """A tensor whose address a repetition puts in place of this one's; ``end``: of its memory."""
+
+    number: int
+    tensor: torch.Tensor
+    start: int
+    end: int
+    sliced: bool
+
+
 class Tape:
     """Takes down what happens while it is entered.
 
     Args:
-        given: the tensors that a repetition gets anew, in this order; each has memory of its own.
+        given: the tensors that a repetition gets anew, in this order.
+        sliced: those of them of which launchers take parts: others may lie between each other in one memory, as modulations do.
     """
 
-    def __init__(self, given: list[torch.Tensor]):
+    def __init__(self, given: list[torch.Tensor], sliced: Sequence[torch.Tensor] = ()):
         self._given, self._scratch, self._constants, self._steps = list(given), [], [], []
-        self._slots: dict[int, tuple[int, torch.Tensor]] = {}
-        self._right = all([self._own(i, t) for i, t in enumerate(given)])
+        self._slots: dict[int, list[_Slot]] = {}
+        parts = {id(t) for t in sliced}
+        self._right = all([self._own(i, t, id(t) in parts) for i, t in enumerate(given)])
 
-    def _own(self, slot: int, t: torch.Tensor) -> bool:
-        """Give a tensor's memory to a slot; False where it is another's already."""
-        place = t.untyped_storage().data_ptr()
-        if place in self._slots:
-            return False
-        self._slots[place] = slot, t
-        return True
+    def _own(self, number: int, t: torch.Tensor, sliced: bool = False) -> bool:
+        """Give a tensor's memory to a slot; False where another slot's could be mistaken for it."""
+        start, reach = t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1
+        slot = _Slot(number, t, start, start + reach * t.element_size(), sliced)
+        others = self._slots.setdefault(t.untyped_storage().data_ptr(), [])
+        clear = all(
+            o.end <= slot.start or slot.end <= o.start or not (sliced or o.sliced or o.start == slot.start) for o in others
+        )
+        others.append(slot)
+        return clear
+
+    def _slot_of(self, t: torch.Tensor) -> _Slot | None:
+        """Whose memory a tensor reads or writes."""
+        slots, at = self._slots.get(t.untyped_storage().data_ptr(), ()), t.data_ptr()
+        exact = [s for s in slots if s.start == at]
+        return next(iter(exact or [s for s in slots if s.start <= at < s.end]), None)
 
     def __enter__(self) -> Tape:
         self._watch = _Watch(self)
@@ -82,9 +105,9 @@ class Tape:
         for at, t in enumerate(fields):
             if not isinstance(t, torch.Tensor):
                 continue
-            found = self._slots.get(t.untyped_storage().data_ptr())
-            if found is not None:
-                places.append((at, found[0], t.data_ptr() - found[1].data_ptr()))
+            slot = self._slot_of(t)
+            if slot is not None:
+                places.append((at, slot.number, t.data_ptr() - slot.start))
             elif t.is_floating_point():
                 self._right = False
             else:
@@ -93,7 +116,8 @@ class Tape:
 
     def saw(self, func, args, result) -> None:
         """Note what torch did."""
-        if func in _MADE or func in _CLEARED or func in _COPIES:
+        plus = args[1] if func is _aten.add.Tensor and type(args[1]) in (int, float) else None
+        if func in _MADE or func in _CLEARED or func in _COPIES or plus is not None:
             if not result.is_floating_point():
                 return
             self._right &= self._own(len(self._given) + len(self._scratch), result) and result.is_contiguous()
@@ -102,6 +126,8 @@ class Tape:
                 self._clear(result)
             elif func in _COPIES:
                 self._copy(result, args[0])
+            elif plus is not None:
+                self._copy(result, args[0], plus)
         elif func is _aten.zero_.default:
             self._clear(args[0])
         elif func is _aten.copy_.default:
@@ -113,11 +139,17 @@ class Tape:
         self._right &= t.is_contiguous()
         self.add("pruned_zero", (t, t.numel() * t.element_size()))
 
-    def _copy(self, to: torch.Tensor, of: torch.Tensor) -> None:
-        plain = to.is_contiguous() and of.is_contiguous() and to.shape == of.shape and to.dtype in _VALUES and of.dtype in _VALUES
+    def _copy(self, to: torch.Tensor, of: torch.Tensor, plus: float = 0.0) -> None:
+        plain = to.is_contiguous() and to.shape == of.shape and to.dtype in _VALUES and of.dtype in _VALUES
+        try:
+            rows = of.view(1, -1) if of.is_contiguous() else of.view(-1, of.shape[-1])
+            plain &= rows.stride(1) == 1
+        except RuntimeError:
+            plain = False
         self._right &= plain
         if plain:
-            self.add("pruned_copy", (to, to.dtype is torch.bfloat16, of, of.dtype is torch.bfloat16, to.numel()))
+            fields = (to, to.dtype is torch.bfloat16, of, of.dtype is torch.bfloat16, *rows.shape, rows.stride(0))
+            self.add("pruned_copy", fields, float(plus))
 
     def program(self):
         """What repeats it: ``run(tensors)`` and, to be kept with it, the lists that it reads; None if it cannot be repeated."""

@@ -111,6 +111,7 @@ OP = PlannedOp(
     out=True,
     tensors=10,
     residual=7,
+    sliced=(1, 2, 3, 6),
 )
 
 

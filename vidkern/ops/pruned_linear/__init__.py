@@ -144,6 +144,7 @@ OP = PlannedOp(
     out=True,
     tensors=8,
     residual=5,
+    sliced=(),
 )
 
 
