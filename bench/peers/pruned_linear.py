@@ -97,16 +97,21 @@ def _no_grouped(device: str) -> str | None:
     return None if hasattr(torch, "_grouped_mm") else "this torch has no _grouped_mm"
 
 
-def _sparse(p: Problem):
-    """2:4 sparsity of the dense layer, whose weight has that form where two of every four inputs are kept."""
+def two_of_four(p: Problem) -> torch.Tensor:
+    """Weight [dense_out, dense_in] of the dense layer, two of every four inputs 0; ValueError where other inputs are kept."""
     if p.shape.runs:
         raise ValueError(f"shape {p.shape.name}: its weight is not 2:4 sparse, expected two_of_four")
-    from torch.sparse import to_sparse_semi_structured
-
     _, columns = _dense_weight(p)
     wide = p.inputs[1].new_zeros(p.shape.dense_out, p.shape.dense_in)
     wide[:, columns] = p.inputs[1]
-    sparse = to_sparse_semi_structured(wide)
+    return wide
+
+
+def _sparse(p: Problem):
+    """2:4 sparsity of the dense layer, whose weight has that form where two of every four inputs are kept."""
+    from torch.sparse import to_sparse_semi_structured
+
+    sparse = to_sparse_semi_structured(two_of_four(p))
     return lambda x, weight: F.linear(x, sparse)
 
 
@@ -145,7 +150,7 @@ SUITE = Suite(
         peer(ONEDNN, _onednn, dtypes=("float32", "bfloat16"), devices=("cpu",), backward=lambda device: False),
         peer(DENSE, _dense),
         peer("2:4 sparse", _sparse, dtypes=("bfloat16", "float16"), devices=("cuda",), backward=lambda device: False),
-        peer("torch._grouped_mm", _grouped, dtypes=("bfloat16",), devices=("cuda",), missing=_no_grouped),
+        peer("torch._grouped_mm", _grouped, dtypes=("bfloat16",), missing=_no_grouped),
     ),
     targets=(
         *(Target(mode, "bfloat16", "time", 1.15, (COMPILED,), shapes=_GATHERED[:2]) for mode in ("fwd", "fwdbwd")),

@@ -37,7 +37,7 @@ def test_reference_is_that_of_the_op():
 def test_peers_compute_the_same_thing(op, dtype):
     suite, block, problem, right = case(op, dtype)
     for peer in suite.candidates:
-        if peer.compiles or "cpu" not in peer.devices or peer.missing("cpu"):
+        if peer.compiles or "cpu" not in peer.devices or dtype not in peer.dtypes or peer.missing("cpu"):
             continue
         mode = "fwdbwd" if peer.backward("cpu") else "fwd"
         wanted = right if mode == "fwdbwd" else dataclasses.replace(right, values=right.values[:1])
@@ -105,3 +105,18 @@ def test_problems_are_the_same_bits_every_time():
         suite = peers.load(op)
         a, b = (suite.problem(suite.shapes["small"], torch.float32, "cpu") for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(a.inputs, b.inputs)) and torch.equal(a.grad_out, b.grad_out)
+
+
+def test_the_weight_given_to_sparse_matrix_units_is_two_of_four():
+    """What only a GPU multiplies is looked at here: its form, and that its dense product is the layer's."""
+    from vidkern.bench.peers import pruned_linear
+
+    suite = pruned_linear.SUITE
+    shape = dataclasses.replace(suite.shapes["two_of_four"], tokens=8, inputs=32, outputs=16, dense_in=64, dense_out=16, width=64)
+    problem = suite.problem(shape, torch.float32, "cpu")
+    wide = pruned_linear.two_of_four(problem)
+    assert ((wide.unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
+    right = suite.reference(problem, "fwd").values[0]
+    torch.testing.assert_close(torch.nn.functional.linear(problem.inputs[0], wide).double(), right, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="small: its weight is not 2:4 sparse"):
+        pruned_linear.two_of_four(suite.problem(suite.shapes["small"], torch.float32, "cpu"))
