@@ -1,4 +1,4 @@
-"""The examples of docs/ops.md and of the README run as they stand, one after the other."""
+"""The examples of the docs and of the README run as they stand, one after the other."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def shrunk(code):
     return code.replace("tokens = 4, 8, 256", "tokens = 2, 3, 16")
 
 
-@pytest.mark.parametrize("page, least", [("docs/ops.md", 8), ("README.md", 1)])
+@pytest.mark.parametrize("page, least", [("docs/ops.md", 8), ("docs/motion.md", 2), ("README.md", 1)])
 def test_examples_run(page, least):
     names, ran = {}, 0
     for code in blocks(page):

@@ -80,7 +80,6 @@ def has_the_gradient(impl):
             for a, b in zip(*grads):
                 assert (a - b).abs().max() < 1e-5 * b.abs().max().clamp_min(1), f"{heads} d{name}"
                 assert (a[:, :, :n_text] == 0).all(), "text has a gradient"
-        total = leaves[1].new_zeros(())
         (dk,) = torch.autograd.grad((got.flow * draw(*got.flow.shape, seed=3)).sum(), leaves[1])
         total = dk[:, :, n_text:].unflatten(2, (2, 12)).sum(3)
         assert total.abs().max() < 1e-5, "gradients of the keys of a frame do not cancel"

@@ -253,6 +253,21 @@ def _prepare(q, k, grid, layout, tau, scale, heads, n_text, text_position, batch
     return q[:, :, None], k[:, :, None], scale
 
 
+@functools.lru_cache(maxsize=64)
+def _kept_coordinates(height, width, dtype):
+    with torch.inference_mode(False):
+        return reference.coordinates(height, width, torch.device("cpu"), dtype)
+
+
+def _coordinates(height, width, like):
+    """(x, y) of every patch [S, 2]. Small calls on a CPU would spend a tenth of their time on making it; elsewhere it may be part of a
+    captured graph, and while compiling or under a mode it is not a tensor to keep."""
+    plain = not torch.compiler.is_compiling() and type(like) is torch.Tensor and like.device.type == "cpu"
+    if plain and not torch._C._are_functorch_transforms_active():
+        return _kept_coordinates(height, width, like.dtype)
+    return reference.coordinates(height, width, like.device, like.dtype)
+
+
 def _minus(t, own):
     """``t - own``, where a DTensor takes a plain ``own`` as replicated."""
     module = None if torch.compiler.is_compiling() else sys.modules.get("torch.distributed.tensor")
@@ -346,7 +361,7 @@ def attention_motion_flow(
     mean, index, lse, top, entropy = OP(q, k, pairs, int(frames), height, width, float(factor), wants, impl)
 
     one_map = heads in ("logit_mean", "qk_mean")
-    own = reference.coordinates(height, width, q.device, mean.dtype)
+    own = _coordinates(height, width, mean)
 
     def shaped(t, groups_first=True):
         t = t.squeeze(1) if not groups_first else t
