@@ -15,7 +15,7 @@ import torch
 
 from ... import registry
 from ..launch import cpu_why_not, triton_why_not, unit_stride
-from . import cost, reference
+from . import cost, plans, reference
 from .pairs import pairs_key, pairs_of
 
 __all__ = ["amf_loss", "attention_motion_flow"]
@@ -340,6 +340,12 @@ def attention_motion_flow(
         BackendUnavailable: the backend named cannot serve these arguments.
         RuntimeError: on double backward.
     """
+    plain = mode == "soft" and return_index is return_lse is return_conf is return_entropy is False
+    options = (layout, tau, scale, heads, n_text, text_position, batch_index)
+    key = plans.key_of(q, k, grid, pairs, options, impl) if plain else None
+    plan = key and plans.find(key)
+    if plan:
+        return plans.flow(OP, plan, q, k)
     _one_of("mode", mode, MODES)
     for name, value in (
         ("return_index", return_index), ("return_lse", return_lse), ("return_conf", return_conf),
@@ -347,7 +353,8 @@ def attention_motion_flow(
     ):
         if not isinstance(value, bool):
             raise ValueError(f"{name}: {value!r}, expected True or False")
-    q, k, factor = _prepare(q, k, grid, layout, tau, scale, heads, n_text, text_position, batch_index)
+    given = q, k
+    q, k, factor = _prepare(q, k, grid, *options)
     frames, height, width = grid
     pairs = pairs_key(pairs, int(frames))
 
@@ -382,6 +389,12 @@ def attention_motion_flow(
     if return_entropy:
         entropy = entropy.detach()
         values["entropy"] = shaped(entropy.mean(1, keepdim=True) if average else entropy, heads == "none")
+    if key and not plans.known(key):
+        dense = torch.empty_like(given[0], memory_format=torch.contiguous_format, requires_grad=False)
+        like, _, _ = _prepare(dense, dense, grid, *options)
+        rest = (pairs, frames, height, width, float(factor), wants)
+        views = [(q, given[0]), (k, given[1]), (like, dense)]
+        plans.make(key, OP, views, dense.shape, rest, pairs_of(pairs, frames), None if average else values["flow"].shape, own)
     if len(values) == 1:
         return values["flow"]
     return _RESULTS[tuple(values)](*values.values())
