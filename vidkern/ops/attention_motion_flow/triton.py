@@ -172,7 +172,7 @@ def backward(dmean, dlse, q, k, mean, lse, pairs, *, grid, scale, dq, dk) -> Non
             dmean, dlse, None if dmean is None else mean.contiguous(), lse.contiguous(), unity, coef, flags, live, bits, count, x.groups,
             n_pairs, size, blocks, coef[0].numel(), *centre, *((0,) * 5 if dmean is None else dmean.stride()),
             *((0,) * 4 if dlse is None else dlse.stride()), HAS_MEAN=dmean is not None, HAS_LSE=dlse is not None,
-            HAS_UNITY=unity is not None, BLOCK_R=min(_BLOCKS, triton.next_power_of_2(blocks)),
+            HAS_UNITY=unity is not None, BLOCK_R=min(_BLOCKS, triton.next_power_of_2(blocks)), num_warps=8,
         )  # fmt: skip
         found = (coef, flags, live, bits, count)
         place = (width, inverse, *centre)

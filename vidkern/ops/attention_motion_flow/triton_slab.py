@@ -1,9 +1,8 @@
 """Triton kernels of the backward where channels are many (heads side by side): one query frame at a time, the gradients of its logits are
 written once (the slab, [S, targets, S rounded up]), and two products read them: dQ of that frame, and its share of dK.
 
-The slab's rows are multiples of 8 long, which the compiler is told. dK is added up over query frames in float32, in their order; its last
-share is rounded once. Rows of q, k, dq and dk are read and written
-head by head, wherever heads lie."""
+The slab's rows are multiples of 8 long, which the compiler is told. dK is added up over query frames in float32, in their order, and rounded
+once. Rows of q, k, dq and dk are read and written head by head, wherever heads lie."""
 
 from __future__ import annotations
 
