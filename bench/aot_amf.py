@@ -6,30 +6,20 @@ channels, heads that no block divides, and heads whose rows are not aligned."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
 
-from vidkern._files import replacing
 from vidkern.ops.attention_motion_flow import configs
 
 from . import aot_launch
 from .aot_launch import Built, Recorder
+from .aot_record import ARCHITECTURES, COUNTED, FOLDER, Kind
 
-RECORD = Path(__file__).parent / "results" / "aot" / "amf.json"
-ARCHITECTURES = (80, 89, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SOURCES = ("ops/attention_motion_flow/triton.py",)
-COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "LDGSTS", "LDG.E.128", "STG.E.128", "STL", "LDL")
 GRID = (6, 30, 45)
 PAIRS = tuple((i, j) for i in range(GRID[0]) for j in range(GRID[0]))
 # Name: (groups, heads of a group, channels of a head, whether the heads of a token lie side by side, which configurations).
@@ -159,70 +149,7 @@ def faults(case: Case, built: list[Built]) -> list[str]:
     return found
 
 
-def digest() -> str:
-    """What a record is bound to: the kernels' sources, without comments."""
-    from vidkern import verified
-
-    return verified.digest(SOURCES)
-
-
-def _measured(case: Case) -> tuple[str, list | str]:
-    try:
-        return case.name, [asdict(b) for b in build(case)]
-    except Exception as error:  # whatever the compiler raises is the result
-        return case.name, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-
-
-def fault_of(case: Case, row: list | str) -> str | None:
-    """The first limit that a row of the record breaks, or None."""
-    if isinstance(row, str):
-        return f"{case.name}: {row}"
-    return next(iter(faults(case, [Built(**b) for b in row])), None)
-
-
-def record(chosen: list[Case], path: Path, jobs: int) -> dict[str, list | str]:
-    """Build ``chosen`` in ``jobs`` processes and write the record to ``path``; what an earlier, interrupted run with the same sources wrote
-    there is kept."""
-    import triton
-    from tqdm import tqdm
-
-    head = {"sources": digest(), "triton": triton.__version__, "command": "python -m vidkern.bench.aot_amf"}
-    found = {}
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if {name: before.get(name) for name in head} == head:
-            found = before["built"]
-    todo = [c for c in chosen if c.name not in found]
-
-    def write():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(found.items()))
-        with replacing(path) as temporary:
-            temporary.write_text(f"{json.dumps(head, indent=1)[:-2]},\n \"built\": {{\n{rows}\n }}\n}}\n")
-
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for i, (name, row) in enumerate(tqdm(pool.map(_measured, todo), total=len(todo), unit="case", desc="compiling")):
-            found[name] = row
-            if i % 16 == 15:
-                write()
-    write()
-    return found
-
-
-def main(argv=None) -> int:
-    """The command: compile, write the record, print what breaks a limit. Exit status 1 when anything does."""
-    parser = argparse.ArgumentParser(prog="python -m vidkern.bench.aot_amf", description=__doc__.splitlines()[0])
-    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, help="such as 80 90")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=("bf16", "fp32"))
-    parser.add_argument("--out", type=Path, default=RECORD, help="the record to write (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    args = parser.parse_args(argv)
-    chosen = cases(args.architectures, args.dtypes)
-    found = record(chosen, args.out, args.jobs)
-    broken = [fault for c in chosen if (fault := fault_of(c, found[c.name]))]
-    print(f"{len(chosen)} cases, {len(broken)} beyond the limits", *broken, sep="\n")
-    return 1 if broken else 0
-
+KIND = Kind(FOLDER / "amf.json", "vidkern.bench.aot_amf", ("ops/attention_motion_flow/triton.py",), build, faults)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(KIND.main(cases, DTYPES, __doc__.splitlines()[0]))

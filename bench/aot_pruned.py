@@ -5,31 +5,21 @@ The layers are those of the paper (1344 tokens, 2048 channels), packed, un-repac
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
 
-from vidkern._files import replacing
 from vidkern.ops.pruned import compose, configs
 from vidkern.ops.pruned.wants import INNER, OUTER
 
 from . import aot_launch
 from .aot_launch import Built, Recorder
+from .aot_record import ARCHITECTURES, COUNTED, FOLDER, Kind
 
-RECORD = Path(__file__).parent / "results" / "aot" / "pruned.json"
-ARCHITECTURES = (80, 89, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SOURCES = ("ops/pruned/triton.py", "ops/pruned/triton_grouped.py")
-COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "LDGSTS", "LDG.E.128", "STG.E.128", "STL", "LDL")
 TOKENS = 1344
 # Forms of the layer: keyword -> what is special. "main" is what a packed network runs all day.
 FORMS = ("main", "gated", "scatter", "gather", "pairs", "slabs", "uneven", "grouped")
@@ -152,50 +142,7 @@ def faults(case: Case, built: list[Built]) -> list[str]:
     return found
 
 
-def digest() -> str:
-    """What a record is bound to: the kernels' sources, without comments."""
-    from vidkern import verified
-
-    return verified.digest(SOURCES)
-
-
-def _measured(case: Case) -> tuple[str, list | str]:
-    try:
-        return case.name, [asdict(b) for b in build(case)]
-    except Exception as error:  # whatever the compiler raises is the result
-        return case.name, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-
-
-def fault_of(case: Case, row: list | str) -> str | None:
-    """The first limit that a row of the record breaks, or None."""
-    if isinstance(row, str):
-        return f"{case.name}: {row}"
-    return next(iter(faults(case, [Built(**b) for b in row])), None)
-
-
-def main(argv=None) -> int:
-    """The command: compile, write the record, print what breaks a limit. Exit status 1 when anything does."""
-    import triton
-    from tqdm import tqdm
-
-    parser = argparse.ArgumentParser(prog="python -m vidkern.bench.aot_pruned", description=__doc__.splitlines()[0])
-    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, help="such as 80 90")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=("bf16", "fp32"))
-    parser.add_argument("--out", type=Path, default=RECORD, help="the record to write (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    args = parser.parse_args(argv)
-    chosen = cases(args.architectures, args.dtypes)
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = dict(tqdm(pool.map(_measured, chosen), total=len(chosen), unit="case", desc="compiling"))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    head = {"sources": digest(), "triton": triton.__version__, "command": "python -m vidkern.bench.aot_pruned"}
-    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(found.items()))
-    with replacing(args.out) as temporary:
-        temporary.write_text(f"{json.dumps(head, indent=1)[:-2]},\n \"built\": {{\n{rows}\n }}\n}}\n")
-    broken = [fault for c in chosen if (fault := fault_of(c, found[c.name]))]
-    print(f"{len(chosen)} cases, {len(broken)} beyond the limits", *broken, sep="\n")
-    return 1 if broken else 0
-
+KIND = Kind(FOLDER / "pruned.json", "vidkern.bench.aot_pruned", ("ops/pruned/triton.py", "ops/pruned/triton_grouped.py"), build, faults)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(KIND.main(cases, DTYPES, __doc__.splitlines()[0]))

@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing import get_context
 
 import pytest
@@ -20,10 +21,10 @@ def chosen(kind, shape, dtype, architecture):
 
 
 def test_record_is_of_these_sources_and_within_the_limits():
-    record = json.loads(aot.RECORD.read_text())
-    assert record["sources"] == aot.digest(), "the kernels changed: run python -m vidkern.bench.aot_amf"
+    record = json.loads(aot.KIND.path.read_text())
+    assert record["sources"] == aot.KIND.digest(), "the kernels changed: run python -m vidkern.bench.aot_amf"
     assert set(record["built"]) == {c.name for c in CASES}
-    assert not [fault for c in CASES if (fault := aot.fault_of(c, record["built"][c.name]))]
+    assert not [fault for c in CASES if (fault := aot.KIND.fault_of(c, record["built"][c.name]))]
     assert {c.architecture for c in CASES} == {80, 89, 90, 100, 120}
 
 
@@ -35,7 +36,7 @@ NOW = [chosen("wide", "apart", "bf16", 90), chosen("dk", "heads64", "bf16", 80),
 def test_record_is_what_the_compiler_makes_now(case):
     """Every number of the record again."""
     rows = aot.build(case)
-    assert [aot.asdict(b) for b in rows] == json.loads(aot.RECORD.read_text())["built"][case.name] and not aot.faults(case, rows)
+    assert [asdict(b) for b in rows] == json.loads(aot.KIND.path.read_text())["built"][case.name] and not aot.faults(case, rows)
 
 
 @pytest.mark.slow
@@ -43,11 +44,11 @@ def test_record_is_what_the_compiler_makes_now(case):
 def test_all_of_hopper_builds_again():
     """The record's numbers for sm_90, and the same limits for float16."""
     cases = aot.cases((90,)) + aot.cases((90,), ("fp16",))
-    record = json.loads(aot.RECORD.read_text())["built"]
+    record = json.loads(aot.KIND.path.read_text())["built"]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for case, rows in zip(cases, pool.map(aot.build, cases)):
             assert not aot.faults(case, rows)
-            assert case.dtype == "fp16" or [aot.asdict(b) for b in rows] == record[case.name]
+            assert case.dtype == "fp16" or [asdict(b) for b in rows] == record[case.name]
 
 
 def test_no_build_depends_on_the_video():
@@ -147,4 +148,13 @@ def test_faults_are_found():
     assert "no HGMMA" in aot.faults(case, [aot.Built("forward_kernel", 128, 0, 98304, {"HMMA": 4})])[0]
     small = chosen("wide", "apart", "bf16", 120)
     assert "shared memory" in aot.faults(small, [aot.Built("forward_kernel", 128, 0, 110_000, {"HMMA": 4})])[0]
-    assert aot.fault_of(case, "CompilationError: x") == f"{case.name}: CompilationError: x"
+    assert aot.KIND.fault_of(case, "CompilationError: x") == f"{case.name}: CompilationError: x"
+
+
+def test_a_record_goes_on_where_it_stopped(tmp_path):
+    """Rows that are there are not built again; the file keeps its form, and no other is left beside it."""
+    path = tmp_path / "amf.json"
+    path.write_text(aot.KIND.path.read_text())
+    before = json.loads(path.read_text())
+    assert aot.KIND.make(CASES[:5], path, 1) == before["built"]
+    assert path.read_text() == aot.KIND.path.read_text() and list(tmp_path.iterdir()) == [path]

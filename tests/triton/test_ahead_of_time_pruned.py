@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing import get_context
 
 import pytest
@@ -19,10 +20,10 @@ def chosen(form, dtype, architecture):
 
 
 def test_record_is_of_these_sources_and_within_the_limits():
-    record = json.loads(aot.RECORD.read_text())
-    assert record["sources"] == aot.digest(), "the kernels changed: run python -m vidkern.bench.aot_pruned"
+    record = json.loads(aot.KIND.path.read_text())
+    assert record["sources"] == aot.KIND.digest(), "the kernels changed: run python -m vidkern.bench.aot_pruned"
     assert set(record["built"]) == {c.name for c in CASES}
-    assert not [fault for c in CASES if (fault := aot.fault_of(c, record["built"][c.name]))]
+    assert not [fault for c in CASES if (fault := aot.KIND.fault_of(c, record["built"][c.name]))]
     assert {c.architecture for c in CASES} == {80, 89, 90, 100, 120}
 
 
@@ -30,7 +31,7 @@ def test_record_is_what_the_compiler_makes_now():
     """One case again: every number of the record."""
     case = chosen("grouped", "bf16", 90)
     rows = aot.build(case)
-    assert [aot.asdict(b) for b in rows] == json.loads(aot.RECORD.read_text())["built"][case.name] and not aot.faults(case, rows)
+    assert [asdict(b) for b in rows] == json.loads(aot.KIND.path.read_text())["built"][case.name] and not aot.faults(case, rows)
 
 
 @pytest.mark.slow
@@ -78,4 +79,4 @@ def test_faults_are_found():
     assert "no matrix instruction" in aot.faults(case, [aot.Built("product_kernel", 128, 0, 98304, {})])[0]
     assert "no HGMMA" in aot.faults(case, [aot.Built("product_kernel", 128, 0, 98304, {"HMMA": 4})])[0]
     assert "shared memory" in aot.faults(chosen("main", "bf16", 120), [aot.Built("product_kernel", 128, 0, 110_000, {"HMMA": 4})])[0]
-    assert aot.fault_of(case, "CompilationError: x") == f"{case.name}: CompilationError: x"
+    assert aot.KIND.fault_of(case, "CompilationError: x") == f"{case.name}: CompilationError: x"
