@@ -4,7 +4,15 @@ each wrong implementation fails at least one. The accuracy rule and the counting
 from __future__ import annotations
 
 import contextlib
+import cProfile
 import functools
+import json
+import os
+import pstats
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import torch
 
@@ -13,7 +21,9 @@ from vidkern.ops.grid_attention.cost import Sample
 from vidkern.verify import accuracy as rule
 from vidkern.verify.probes import counting
 
-__all__ = ["WORST", "accuracy", "counting", "hidden_memory", "inclusion_exclusion", "threads_of"]
+__all__ = [
+    "WORST", "accuracy", "calls_of", "counting", "hidden_memory", "in_two_processes", "inclusion_exclusion", "threads_of",
+]  # fmt: skip
 WORST: dict[tuple, dict[str, float]] = {}
 
 
@@ -123,3 +133,37 @@ def inclusion_exclusion(views, times, n, d, dtype, backend: str) -> None:
         scale = b.abs().max().clamp_min(1)
         error = ((a.double() - b).abs().max() / scale).item()
         assert error <= tolerance, f"{name}: {error:.3e} off inclusion-exclusion at V={views} T={times} N={n} D={d}"
+
+
+def calls_of(function) -> int:
+    """How many Python functions one call runs, after three others."""
+    for _ in range(3):
+        function()
+    profile = cProfile.Profile(builtins=False)
+    profile.runcall(function)
+    return pstats.Stats(profile).total_calls
+
+
+def in_two_processes(body: str, folder: Path):
+    """Run a script as ranks 0 and 1; what rank 0 prints last, as JSON. Its arguments: rank, file to meet in. ``finish(rank, result)``, which
+    is put before it, prints and ends a rank."""
+    script = folder / "ranks.py"
+    script.write_text(_FINISH + textwrap.dedent(body))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = [subprocess.Popen([sys.executable, script, str(r), folder / "store"], stdout=subprocess.PIPE, env=env) for r in (0, 1)]
+    outputs = [p.communicate(timeout=240)[0] for p in run]
+    assert all(p.returncode == 0 for p in run)
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+_FINISH = """
+def finish(rank, result):
+    import json, os
+    import torch.distributed as dist
+
+    if rank == 0:
+        print(json.dumps(result), flush=True)
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads at times abort a process that ends by itself
+
+"""

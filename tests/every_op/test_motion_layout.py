@@ -301,25 +301,14 @@ SHARDED = """
             got.flow.square().sum().backward()
             pairs = [*zip(got, want)] + [(s.grad, p.grad) for s, p in zip(shared, plain)]
             result[f"{heads} {name}"] = [str(got.lse.placements[0]), max(float((a.full_tensor() - b).abs().max()) for a, b in pairs)]
-    if rank == 0:
-        print(json.dumps(result))
-    dist.destroy_process_group()
+    finish(rank, result)
 """
 
 
 @pytest.mark.slow
 def test_dtensor_shards_batch_and_heads(tmp_path):
     """Two processes: batch stays sharded, and the heads where each has a map of its own and no vote goes over them."""
-    import json
-    import os
-
-    script = tmp_path / "sharded.py"
-    script.write_text(textwrap.dedent(SHARDED))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = [subprocess.Popen([sys.executable, script, str(r), tmp_path / "store"], stdout=subprocess.PIPE, env=env) for r in (0, 1)]
-    outputs = [p.communicate(timeout=240)[0] for p in run]
-    assert all(p.returncode == 0 for p in run)
-    result = json.loads(outputs[0].splitlines()[-1])
+    result = checks.in_two_processes(SHARDED, tmp_path)
     assert all(error < 1e-5 for _, error in result.values()), result
     where = {name: placement for name, (placement, _) in result.items()}
     assert where["none batch"] == where["prob_mean batch"] == where["logit_mean batch"] == "S(0)"

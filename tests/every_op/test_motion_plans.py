@@ -1,8 +1,6 @@
 """Kept plans of attention motion flow: what a repeated call reuses is never another call's."""
 
 import contextlib
-import cProfile
-import pstats
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from vidkern import registry
 from vidkern.ops import quiet
 from vidkern.ops.attention_motion_flow import OP, plans
 
+from .checks import calls_of
 from .conftest import EXPECTED, INTERPRETED
 
 pytestmark = pytest.mark.skipif(
@@ -176,15 +175,6 @@ def test_plans_do_not_pile_up(monkeypatch):
         q = torch.randn(1, 1, 2 * tokens, 8)
         vidkern.attention_motion_flow(q, q, grid=(2, 1, tokens))
     assert 0 < len(plans._plans) <= 5
-
-
-def calls_of(function) -> int:
-    """How many Python functions one call runs."""
-    for _ in range(3):
-        function()
-    profile = cProfile.Profile(builtins=False)
-    profile.runcall(function)
-    return pstats.Stats(profile).total_calls
 
 
 def test_a_small_call_costs_a_few_function_calls():

@@ -1,8 +1,6 @@
 """Kept plans of the pruned ops: what a repeated call reuses is never another call's."""
 
 import contextlib
-import cProfile
-import pstats
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from vidkern.ops import quiet
 from vidkern.ops.pruned_ffn import cost as ffn_cost
 from vidkern.ops.pruned_linear import cost
 
+from .checks import calls_of
 from .conftest import EXPECTED, INTERPRETED
 
 pytestmark = pytest.mark.skipif(
@@ -270,15 +269,6 @@ def test_plans_do_not_pile_up(monkeypatch):
         for _ in range(2):
             vidkern.pruned_linear(torch.randn(tokens, 16), w)
     assert len(op_of("pruned_linear")._plans) <= 5 and len(op_of("pruned_linear")._seen) <= 5
-
-
-def calls_of(function) -> int:
-    """How many Python functions one call runs."""
-    for _ in range(3):
-        function()
-    profile = cProfile.Profile(builtins=False)
-    profile.runcall(function)
-    return pstats.Stats(profile).total_calls
 
 
 @pytest.mark.parametrize("name", ["pruned_linear", "pruned_ffn"])

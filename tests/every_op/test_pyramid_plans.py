@@ -1,8 +1,5 @@
 """Kept plans of the pyramid ops: what a repeated call reuses is never another call's."""
 
-import cProfile
-import pstats
-
 import pytest
 import torch
 
@@ -10,6 +7,7 @@ import vidkern
 from vidkern import registry
 from vidkern.ops.pyramid import plans
 
+from .checks import calls_of
 from .conftest import EXPECTED, INTERPRETED
 from .rooms import room
 
@@ -96,14 +94,6 @@ def test_gradients_modes_and_named_backends_go_the_long_way():
         vidkern.pyramid_decompose(leaf, out=out)
     with pytest.raises(ValueError, match="out"):
         vidkern.pyramid_decompose(x, out=out.double())
-
-
-def calls_of(function) -> int:
-    """How many Python functions one call runs."""
-    function(), function()
-    profile = cProfile.Profile(builtins=False)
-    profile.runcall(function)
-    return pstats.Stats(profile).total_calls
 
 
 def test_a_small_call_costs_a_few_function_calls():

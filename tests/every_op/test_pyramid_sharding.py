@@ -1,10 +1,6 @@
 """Pyramid ops on DTensors: two processes that share a batch compute what one does, noise and gradients included."""
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
+from .checks import in_two_processes
 
 SHARDED = """
     import json, os, sys, torch, vidkern
@@ -54,22 +50,13 @@ SHARDED = """
             grads = [(zero(a).full_tensor() if isinstance(zero(a), DTensor) else zero(a), zero(b)) for a, b in zip(shared, plain)]
             error = max(float((a - b).abs().max()) for a, b in [*zip(whole, want), *grads])
             result[f"{name} {kind}"] = [sorted({str(p) for p in sent}), error, float(sum(b.abs().sum() for _, b in grads))]
-    if rank == 0:
-        print(json.dumps(result), flush=True)
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads at times abort a process that ends by itself
+    finish(rank, result)
 """
 
 
 def test_a_shared_batch_is_the_batch(tmp_path):
     """Batch shards stay shards and nothing changes but the last bits of the loss; rows are gathered first."""
-    script = tmp_path / "sharded.py"
-    script.write_text(textwrap.dedent(SHARDED))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = [subprocess.Popen([sys.executable, script, str(r), tmp_path / "store"], stdout=subprocess.PIPE, env=env) for r in (0, 1)]
-    outputs = [p.communicate(timeout=240)[0] for p in run]
-    assert all(p.returncode == 0 for p in run)
-    result = json.loads(outputs[0].splitlines()[-1])
+    result = in_two_processes(SHARDED, tmp_path)
     assert len(result) == 12
     for name, (placements, error, gradients) in result.items():
         assert error < 1e-6 and gradients > 0, (name, error, gradients)

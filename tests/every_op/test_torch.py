@@ -1,11 +1,5 @@
 """How every op behaves inside torch: opcheck, compile, fake tensors, autocast, FLOP counter, DTensor, checkpointing, out=."""
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vidkern
 from vidkern import registry
 
+from .checks import in_two_processes
 from .conftest import EXPECTED, INTERPRETED
 from .rooms import ROOMS, room
 
@@ -300,22 +295,13 @@ DTENSOR = """
         got[0].backward(distribute_tensor(q, mesh, [Shard(axis)]))
         pairs = [(got[0], want[0]), (got[1], want[1])] + [(s.grad, p.grad) for s, p in zip(shared, plain)]
         result[f"merge {axis}"] = [str(got[0].placements[0]), max(float((a.full_tensor() - b).abs().max()) for a, b in pairs)]
-    if rank == 0:
-        print(json.dumps(result), flush=True)
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads at times abort a process that ends by itself
+    finish(rank, result)
 """
 
 
 def test_dtensor_shards_batch_and_heads(tmp_path):
     """Two processes: batch and heads stay sharded through forward and backward; a sharded sequence is gathered first."""
-    script = tmp_path / "sharded.py"
-    script.write_text(textwrap.dedent(DTENSOR))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = [subprocess.Popen([sys.executable, script, str(r), tmp_path / "store"], stdout=subprocess.PIPE, env=env) for r in (0, 1)]
-    outputs = [p.communicate(timeout=240)[0] for p in run]
-    assert all(p.returncode == 0 for p in run)
-    result = json.loads(outputs[0].splitlines()[-1])
+    result = in_two_processes(DTENSOR, tmp_path)
     assert all(error < 1e-5 for _, error in result.values()), result
     where = {name: placement for name, (placement, _) in result.items()}
     assert where["bhld batch"] == where["blhd batch"] == "S(0)"
