@@ -1,6 +1,10 @@
 """Kept plans of the pruned ops: what a repeated call reuses is never another call's."""
 
 import contextlib
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -33,14 +37,14 @@ def no_plans():
 
 
 def linear_call(sample):
-    fixed = sample.indices()
+    fixed = {n: t.to(torch.int32) if isinstance(t, torch.Tensor) else t for n, t in sample.indices().items()}
     more = {} if sample.residual or not sample.into else {"out_features": sample.into}
     more |= {"norm": "rms"} if sample.norm else {}
     return lambda tensors, impl: vidkern.pruned_linear(**tensors, **fixed, **more, act=sample.act, impl=impl)
 
 
 def ffn_call(sample):
-    keep = {"keep": torch.arange(0, 2 * sample.hidden // sample.slab, 2), "slab": sample.slab} if sample.slab else {}
+    keep = {"keep": torch.arange(0, 2 * sample.hidden // sample.slab, 2, dtype=torch.int32), "slab": sample.slab} if sample.slab else {}
     more = keep | ({"norm": "rms"} if sample.norm else {})
 
     def call(tensors, impl):
@@ -277,3 +281,65 @@ def test_a_small_call_costs_a_few_function_calls(name):
     call = small()[name]
     assert calls_of(call) < 25 < calls_of(lambda: [op_of(name)._plans.clear(), op_of(name)._seen.clear(), call()])
     assert quiet.alone()
+
+
+HIDDEN = """
+    import torch, vidkern
+
+    def most(reset=False):
+        if reset:
+            open("/proc/self/clear_refs", "w").write("5")
+        return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+    torch.set_num_threads(1)
+    draw = lambda *size: torch.randn(*size, requires_grad=True)
+    inputs, g = (draw(1024, 128), draw(8192, 128), draw(8192), draw(128, 8192), draw(128)), torch.randn(1024, 128)
+    for _ in range(4):
+        y = vidkern.pruned_ffn(*inputs, tile=128)
+        before = most(reset=True)
+        grads = torch.autograd.grad(y, inputs, g)
+        print(most() - before)
+        del y, grads
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_repeated_backward_holds_no_more_hidden_channels():
+    """MiB that backwards take at their peak, gradients (9 MiB) included: all hidden channels at once would be 32 MiB, with their slopes
+    and activations 128. The first one also loads what it needs."""
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(HIDDEN)], capture_output=True, text=True, check=True, env=env)
+    assert max(map(float, run.stdout.split()[1:])) < 20, run.stdout
+
+
+def test_a_copied_list_is_read_anew():
+    """Wide integers are copied, and memory that NumPy shares changes without a trace in torch: such calls make no plan."""
+    import numpy
+
+    x, w, shared = torch.randn(2, 16), torch.randn(8, 3), numpy.array([1, 2, 4])
+    for values in ([1, 2, 4], [1, 2, 4], [1, 2, 4], [0, 5, 9]):
+        shared[:] = values
+        torch.testing.assert_close(vidkern.pruned_linear(x, w, in_index=torch.from_numpy(shared)), F.linear(x[:, values], w))
+    kept = torch.from_numpy(shared)
+    for values in ([1, 2, 4], [1, 2, 4], [1, 2, 4], [0, 5, 9]):
+        shared[:] = values
+        torch.testing.assert_close(vidkern.pruned_linear(x, w, in_index=kept), F.linear(x[:, values], w))
+
+
+def test_grouped_errors_name_the_layer():
+    x, w, b = torch.randn(3, 16), torch.randn(8, 16), torch.randn(8)
+    call = vidkern.pruned_linear_grouped
+    with pytest.raises(TypeError, match="layer 1: bias: None, expected a tensor in each layer"):
+        call([x, x], [w, w], [b, None])
+    with pytest.raises(TypeError, match="xs: Tensor, expected a non-empty list of tensors"):
+        call(x, [w])
+    with pytest.raises(ValueError, match="weights: 1 of them, expected 2, one per x"):
+        call([x, x], [w])
+    with pytest.raises(ValueError, match=r"layer 1: weight: shape \(8, 15\), expected \[out, 16\]"):
+        call([x, x], [w, w[:, :15]])
+    with pytest.raises(ValueError, match=r"layer 0: bias: shape \(7,\)"):
+        call([x], [w], [b[:7]])
+    with pytest.raises(ValueError, match="layer 1: x: torch.bfloat16 on cpu, expected torch.float32"):
+        call([x, x.bfloat16()], [w, w.bfloat16()])
+    with pytest.raises(ValueError, match="act: 'swiglu', expected"):
+        call([x], [w], act="swiglu")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ... import compiled, registry
-from ..quiet import PLAIN, alone, explaining, keep
+from ..quiet import PLAIN, alone, explaining, keep, simple
 from .index import ChannelIndex
 
 _autocast = torch.is_autocast_enabled
@@ -149,7 +149,7 @@ class _Node(torch.autograd.Function):
         if dout is None:
             return (None,) * (1 + op.tensors)
         saved = ctx.saved_tensors
-        if not torch.is_grad_enabled() and alone() and type(dout) in PLAIN and dout.is_cpu:
+        if not torch.is_grad_enabled() and alone() and simple((dout,)) and dout.is_cpu:
             return (None, *plan.gradients(saved, dout))
         rest = plan.bare()
         outputs = op.backward_overload(*op.gradient.call(saved, rest, (dout,)), plan.rest[-1])
@@ -210,7 +210,8 @@ class PlannedOp(registry.Op):
 def _repeatable(tensors, asked, lists) -> bool:
     """Whether tensors are plain rows on the CPU, and lists objects that can be told to be the same and unchanged."""
     return (
-        all(t is None or type(t) is ChannelIndex or type(t) in PLAIN for t in asked)
+        # A list that was copied (to int32) may change in ways that leave no trace, as memory shared with NumPy does.
+        all(t is None or type(t) is ChannelIndex or (type(t) in PLAIN and t is kept) for t, kept in zip(asked, lists))
         and not any(isinstance(t, torch.Tensor) and t.is_inference() for t in (*asked, *lists))
         and all(t is None or (type(t) in PLAIN and t.is_cpu and t.stride(-1) == 1) for t in tensors)
     )

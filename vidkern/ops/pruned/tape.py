@@ -58,8 +58,11 @@ class _Slot(NamedTuple):
     sliced: bool
 
 
+LIMIT = 1 << 20  # bytes between kernels: a program holds all of them at once, where a call has one tile after the other
+
+
 class Tape:
-    """Takes down what happens while it is entered.
+    """Takes down what happens while it is entered, of calls that need no more than LIMIT bytes between their kernels.
 
     Args:
         given: the tensors that a repetition gets anew, in this order.
@@ -69,8 +72,14 @@ class Tape:
     def __init__(self, given: list[torch.Tensor], sliced: Sequence[torch.Tensor] = ()):
         self._given, self._scratch, self._constants, self._steps = list(given), [], [], []
         self._slots: dict[int, list[_Slot]] = {}
+        self._bytes = 0
         parts = {id(t) for t in sliced}
         self._right = all([self._own(i, t, id(t) in parts) for i, t in enumerate(given)])
+
+    def _give_up(self) -> None:
+        """Let go of all that was noted."""
+        self._right = False
+        self._scratch, self._constants, self._steps, self._slots = [], [], [], {}
 
     def _own(self, number: int, t: torch.Tensor, sliced: bool = False) -> bool:
         """Give a tensor's memory to a slot; False where another slot's could be mistaken for it."""
@@ -101,6 +110,8 @@ class Tape:
 
     def add(self, kernel: str, fields: tuple, number: float = 0.0) -> None:
         """Note a kernel."""
+        if not self._right:
+            return
         places = []
         for at, t in enumerate(fields):
             if not isinstance(t, torch.Tensor):
@@ -116,13 +127,18 @@ class Tape:
 
     def saw(self, func, args, result) -> None:
         """Note what torch did."""
+        if not self._right:
+            return
         plus = args[1] if func is _aten.add.Tensor and type(args[1]) in (int, float) else None
         if func in _MADE or func in _CLEARED or func in _COPIES or plus is not None:
             if not result.is_floating_point():
                 return
             self._right &= self._own(len(self._given) + len(self._scratch), result) and result.is_contiguous()
             self._scratch.append(result)
-            if func in _CLEARED:
+            self._bytes += result.numel() * result.element_size()
+            if self._bytes > LIMIT:
+                self._give_up()
+            elif func in _CLEARED:
                 self._clear(result)
             elif func in _COPIES:
                 self._copy(result, args[0])
