@@ -146,6 +146,32 @@ def test_double_backward_raises():
                 dq.sum().backward()
 
 
+@pytest.mark.parametrize("more", [{}, {"n_text": 5, "layout": "blhd"}], ids=["plain", "text"])
+def test_batched_gradients(more):
+    """Several gradients at once, as ``is_grads_batched`` and vectorised Jacobians ask for them."""
+    q, k = operands(more, gradients=True)
+    g = torch.randn(3, 4, 12, 2)
+    for _ in range(3):
+        flow = vidkern.attention_motion_flow(q, k, grid=GRID, **more)
+        got = torch.autograd.grad(flow, (q, k), g, retain_graph=True, is_grads_batched=True)
+        want = zip(*(torch.autograd.grad(flow, (q, k), one, retain_graph=True) for one in g))
+        assert all(torch.equal(a, torch.stack(b)) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("more", [{}, {"heads": "none"}, {"batch_index": None}], ids=str)
+def test_a_result_may_be_changed_in_place(more):
+    for gradients in (False, True):
+        q, k = operands(more, gradients=gradients)
+        for _ in range(3):
+            flow = vidkern.attention_motion_flow(q, k, grid=GRID, **more)
+            before = flow.detach().clone()
+            flow += 1
+            flow[0] += 1
+            assert torch.equal(flow[1:], before[1:] + 1) and torch.equal(flow[0], before[0] + 1 + 1)
+            if gradients:
+                flow.sum().backward()
+
+
 def test_changed_inputs_are_told():
     for _ in range(2):
         q, k = (t * 1 for t in operands({}, gradients=True))

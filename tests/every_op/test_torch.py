@@ -333,3 +333,28 @@ def test_info_names_every_op_and_backend():
     text = str(vidkern.info())
     for op in registry.ops().values():
         assert op.name in text and all(b.name in text for b in op.backends)
+
+
+def _batched_calls():
+    draw = lambda *size: torch.randn(*size, requires_grad=True)  # noqa: E731
+    x, w, up, down, video, q = draw(4, 16), draw(8, 16), draw(32, 16), draw(16, 32), draw(1, 3, 2, 8, 8), draw(1, 2, 24, 16)
+    return {
+        "pruned_linear": (lambda: vidkern.pruned_linear(x, w), (x, w)),
+        "pruned_ffn": (lambda: vidkern.pruned_ffn(x, up, None, down, None, tile=16), (x, up, down)),
+        "pyramid_decompose": (lambda: vidkern.pyramid_decompose(video, levels=2)[1], (video,)),
+        "grid_attention": (lambda: vidkern.grid_attention(q, q, q, grid=(2, 3)), (q,)),
+        "attention_motion_flow": (lambda: vidkern.attention_motion_flow(q, q, grid=(2, 3, 4)), (q,)),
+    }
+
+
+@pytest.mark.skipif(INTERPRETED, reason="plans are kept for the compiled kernels")
+@pytest.mark.parametrize("name", _batched_calls())
+def test_batched_gradients(name):
+    """Several gradients at once (``is_grads_batched``), of first calls and of those that a plan repeats."""
+    call, inputs = _batched_calls()[name]
+    for _ in range(4):
+        out = call()
+        g = torch.randn(3, *out.shape)
+        got = torch.autograd.grad(out, inputs, g, retain_graph=True, is_grads_batched=True)
+        want = zip(*(torch.autograd.grad(out, inputs, one, retain_graph=True) for one in g))
+        assert all(torch.equal(a, torch.stack(b)) for a, b in zip(got, want))

@@ -29,6 +29,14 @@ def alone() -> bool:
     )
 
 
+_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def simple(grads) -> bool:
+    """Whether gradients (or None) are plain tensors with memory of their own: those of ``is_grads_batched`` look plain and have none."""
+    return all(g is None or (type(g) in PLAIN and not _batched(g)) for g in grads)
+
+
 def explaining() -> bool:
     """Whether :func:`vidkern.explain` catches this thread's calls."""
     return registry._local.explaining is not None

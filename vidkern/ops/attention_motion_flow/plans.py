@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ... import registry
-from ..quiet import PLAIN, alone, explaining, keep
+from ..quiet import PLAIN, alone, explaining, keep, simple
 
 
 class _View(NamedTuple):
@@ -117,7 +117,8 @@ class _Node(torch.autograd.Function):
         ctx.op, ctx.plan = op, plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, mean, lse)
-        return (mean - plan.own).view(plan.shape)
+        # Subtracted last: the result must not be a view, or it could not be changed in place.
+        return mean.view(plan.shape) - plan.own
 
     @staticmethod
     def backward(ctx, grad):
@@ -127,14 +128,15 @@ class _Node(torch.autograd.Function):
         rest = (*plan.rest[:5], plan.rest[-1])
         dmean = grad.reshape(mean.shape)
         # Text and samples that are not looked at have gradients of zero.
-        new = torch.empty if torch.Size(plan.grad.shape).numel() == torch.Size(plan.given).numel() else torch.zeros
-        whole = [new(plan.given, dtype=q.dtype) for _ in range(2)]
-        parts = [plan.grad.on(t) for t in whole]
-        if torch.is_grad_enabled() or not alone() or type(grad) not in PLAIN:
+        if torch.is_grad_enabled() or not alone() or not simple((grad,)):
             if torch.is_grad_enabled():  # create_graph: differentiating the result has to raise, whatever grad came from
                 q = q.detach().requires_grad_()
-            for part, g in zip(parts, op.backward_overload(dmean, None, q, k, mean, lse, *rest)):
-                part.copy_(g)
+            found = op.backward_overload(dmean, None, q, k, mean, lse, *rest)
+            whole = [g.new_zeros(plan.given) for g in found]
+            for t, g in zip(whole, found):
+                plan.grad.on(t).copy_(g)
         else:
-            op._by_name["cpu"].run_backward(parts, dmean, None, q, k, mean, lse, *rest)
+            new = torch.empty if torch.Size(plan.grad.shape).numel() == torch.Size(plan.given).numel() else torch.zeros
+            whole = [new(plan.given, dtype=q.dtype) for _ in range(2)]
+            op._by_name["cpu"].run_backward([plan.grad.on(t) for t in whole], dmean, None, q, k, mean, lse, *rest)
         return None, None, *whole
