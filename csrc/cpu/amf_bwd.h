@@ -222,7 +222,8 @@ class AmfBackward {
     F16 mass = zero(), x = zero(), y = zero();
     const F16 by = set1(f.scale), base = set1(a.lse[at]);
     for (int64_t i = 0; i < f.panels; ++i) {
-      const F16 e = exp<ExpDegree<T>::forward>(fms(load(s + i * LANES), by, base));
+      // Never above 1 but by the rounding of the log-sum-exp, which is large where logits are.
+      const F16 e = exp<ExpDegree<T>::forward>(min(zero(), fms(load(s + i * LANES), by, base)));
       mass = add(mass, e);
       x = fma(e, load(table + i * 2 * LANES), x);
       y = fma(e, load(table + i * 2 * LANES + LANES), y);

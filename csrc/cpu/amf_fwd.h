@@ -17,7 +17,7 @@ class AmfForward {
   // Running state of one row; the sums are by lane, and there are four of them (mass, x, y, mass times logit).
   struct Row {
     float* sums;
-    float top, raw;  // largest logit so far, scaled and as it came
+    float top, raw;  // largest logit so far that the sums are relative to, and that was found; both before scaling
     int32_t index;
   };
 
@@ -59,9 +59,9 @@ class AmfForward {
         }
         if (!soft) continue;
         if (a.entropy)
-          softmax<true>(s, n, xy, highest * f.scale, &row[r]);
+          softmax<true>(s, n, xy, highest, &row[r]);
         else
-          softmax<false>(s, n, xy, highest * f.scale, &row[r]);
+          softmax<false>(s, n, xy, highest, &row[r]);
       }
     }
     for (int r = 0; r < x.count; ++r) write(f.result(x.b, x.g, x.p, x.s0 + r), row[r], soft);
@@ -73,15 +73,16 @@ class AmfForward {
     F16 heat = ENTROPY ? load(row->sums + 3 * LANES) : zero();
     if (!(reached <= row->top)) {
       if (row->top != -INFINITY) {
-        const F16 shrink = exp<6>(set1(row->top - reached));
+        const F16 fall = set1((row->top - reached) * f.scale), shrink = exp<6>(fall);
         mass = mul(mass, shrink), x = mul(x, shrink), y = mul(y, shrink);
-        if (ENTROPY) heat = fma(mass, set1(row->top - reached), mul(heat, shrink));
+        if (ENTROPY) heat = fma(mass, fall, mul(heat, shrink));
       }
       row->top = reached;
     }
     const F16 by = set1(f.scale), base = set1(row->top);
     for (int i = 0; i < n; ++i) {
-      F16 l = fms(load(s + i * LANES), by, base);
+      // The difference first: the largest logit is then exactly 0 below itself, however large it is.
+      const F16 l = mul(sub(load(s + i * LANES), base), by);
       const F16 e = exp<ExpDegree<T>::forward>(l);
       mass = add(mass, e);
       x = fma(e, load(xy + i * 2 * LANES), x);
@@ -104,7 +105,7 @@ class AmfForward {
     if (a.top) a.top[at] = 1.f / mass;
     if (!a.lse && !a.entropy) return;
     const double log_mass = log(static_cast<double>(mass));
-    if (a.lse) a.lse[at] = static_cast<float>(row.top + log_mass);
+    if (a.lse) a.lse[at] = static_cast<float>(static_cast<double>(row.top) * f.scale + log_mass);
     if (a.entropy) a.entropy[at] = static_cast<float>(log_mass - sum(load(row.sums + 3 * LANES)) / mass);
   }
 };

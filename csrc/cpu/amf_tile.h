@@ -47,7 +47,8 @@ struct AmfFrame {
     const int rest = static_cast<int>(size % LANES);
     tail = rest ? static_cast<Mask>((1u << rest) - 1) : FULL;
     negate = a.scale < 0, empty = a.scale == 0;
-    scale = negate ? -a.scale : a.scale;
+    // Of zeros any factor makes zeros, but 0 would make NaN of the lanes beyond a frame, which hold -inf.
+    scale = empty ? 1.f : negate ? -a.scale : a.scale;
   }
 
   static T* at(const AmfView& x, int64_t b, int64_t g, int64_t h, int64_t token) {

@@ -57,7 +57,8 @@ class AmfVote {
 
   VK_INLINE void add_probabilities(const float* s, int n, float lse, bool first, float* mass) const {
     for (int i = 0; i < n * LANES; i += LANES) {
-      const F16 prob = exp<6>(fms(load(s + i), set1(f.scale), set1(lse)));
+      // A log-sum-exp of 1e8 is rounded by several units: no probability is above 1 for that.
+      const F16 prob = exp<6>(min(zero(), fms(load(s + i), set1(f.scale), set1(lse))));
       store(mass + i, first ? prob : add(load(mass + i), prob));
     }
   }

@@ -1,6 +1,8 @@
 """What attention motion flow must be whoever computes it: a dense oracle, and checks as functions of the backend. Tests call them,
 and the fault-injection tests show that each wrong implementation fails at least one."""
 
+import math
+
 import torch
 
 import vidkern
@@ -95,6 +97,25 @@ def of_equal_logits(impl):
         assert (got.index == 0).all() and torch.equal(got.hard, (-c).float().expand(got.hard.shape))
         dq, dk = torch.autograd.grad((got.flow * draw(*got.flow.shape)).sum(), (q, k))
         assert (dk == 0).all() and dq.abs().max() > 1e-2
+
+
+def of_any_scale(impl):
+    """A scale of 0 is a softmax of equal logits; a very large one leaves one patch, with a probability that is not above 1."""
+    for grid in ((2, 3, 5), (2, 4, 5), (2, 4, 4)):
+        size, (q, k) = grid[1] * grid[2], (draw(1, 2, 2 * grid[1] * grid[2], 16, seed=s).requires_grad_() for s in (1, 2))
+        for heads in VARIANTS:
+            more = {"heads": heads, "return_lse": True, "return_conf": True, "return_entropy": True}
+            got = flow(q, k, grid, impl, scale=0.0, **more)
+            middle = torch.tensor([(grid[2] - 1) / 2, (grid[1] - 1) / 2]) - places(*grid[1:])
+            assert (got.flow - middle).abs().max() < 1e-5 and (got.conf - 1 / size).abs().max() < 1e-6
+            assert (got.entropy - math.log(size)).abs().max() < 1e-5 and (got.lse - math.log(size)).abs().max() < 1e-5
+            grads = torch.autograd.grad((got.flow * draw(*got.flow.shape)).sum() + got.lse.sum(), (q, k))
+            assert all((g == 0).all() for g in grads)
+            for tau in (1e4, 1e6):
+                got = flow(q, k, grid, impl, tau=tau, **more)
+                assert got.conf.max() <= 1 + 1e-6 and got.entropy.min() > -1e-3 and got.flow.isfinite().all(), f"{heads} {tau}"
+                grads = torch.autograd.grad((got.flow * draw(*got.flow.shape)).sum(), (q, k))
+                assert all(g.isfinite().all() for g in grads)
 
 
 def ties_go_to_the_lowest(impl):
@@ -262,6 +283,6 @@ def loss_is_its_formula(impl):
 
 
 CHECKS = (
-    is_the_oracle, has_the_gradient, of_equal_logits, ties_go_to_the_lowest, keys_of_a_frame_may_move_together, sharp_is_hard,
+    is_the_oracle, has_the_gradient, of_equal_logits, of_any_scale, ties_go_to_the_lowest, keys_of_a_frame_may_move_together, sharp_is_hard,
     moves_with_the_picture, mirrors, variants_differ, heads_are_a_set, rows_without_gradient_count_for_nothing, loss_is_its_formula,
 )  # fmt: skip
