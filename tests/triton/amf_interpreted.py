@@ -175,6 +175,18 @@ def test_float16_gradients_of_any_size(form, times):
 
 
 # ---- rows without gradient -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", [{"groups": 1}, {"heads": 9}], ids=["fused", "slab"])
+@pytest.mark.parametrize("shift", [8, -8])
+def test_deep_and_high_logits(form, shift):
+    """Logits around -400 and 400 times the heads: zeros beyond a frame are not keys that outweigh all others."""
+    q, k = operands(**form)
+    q, k = q + 8, k + shift
+    flow, right = (results["mean"] for results in forward(q, k))
+    assert (flow - right).abs().max() < 0.01  # logits this large are rounded to 3e-5
+    for a, b in zip(*backward(q, k)):
+        assert (a - b).norm() < 2e-3 * b.norm()
+
+
 TALL = (2, 20, 11)  # 220 patches: three whole blocks of rows and a short one
 
 

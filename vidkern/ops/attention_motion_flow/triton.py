@@ -19,6 +19,7 @@ from . import configs, triton_tables
 from .triton_backward import ROWS, dk_kernel, dq_kernel, prepare_kernel
 from .triton_forward import forward_kernel, vote_kernel
 from .triton_slab import dk_product_kernel, dq_product_kernel, slope_kernel
+from .unity import unity_of
 
 # TRITON_INTERPRET=1 was set when the kernels were decorated: they run as Python on CPU tensors.
 INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
@@ -165,7 +166,7 @@ def backward(dmean, dlse, q, k, mean, lse, pairs, *, grid, scale, dq, dk) -> Non
         coef = q.new_empty((4, *maps, size), dtype=torch.float32)
         flags, count = q.new_empty((*maps, blocks), dtype=torch.int32), q.new_empty(maps, dtype=torch.int32)
         live, bits = (q.new_empty(math.prod(maps) * blocks + 1, dtype=d) for d in (torch.int32, torch.int64))
-        unity = _unity(dmean, dlse, grid) if q.dtype == torch.float16 else None
+        unity = unity_of(dmean, dlse, grid) if q.dtype == torch.float16 else None
         # Coordinates are relative to the centre of the frame.
         centre = ((grid[2] - 1) / 2, (grid[1] - 1) / 2)
         prepare_kernel[(math.prod(maps),)](
@@ -177,14 +178,6 @@ def backward(dmean, dlse, q, k, mean, lse, pairs, *, grid, scale, dq, dk) -> Non
         found = (coef, flags, live, bits, count)
         place = (width, inverse, *centre)
         (_fused if x.held else _through_slabs)(x, q, k, dq, dk, pairs, frames, size, blocks, place, scale, unity, *found)
-
-
-def _unity(dmean, dlse, grid) -> torch.Tensor:
-    """A power of two that no gradient of a logit is far above, on the device: float16 would lose large and small ones."""
-    largest = [g.abs().amax().float() * reach for g, reach in ((dmean, max(grid[1:])), (dlse, 1)) if g is not None]
-    largest = torch.stack(largest).amax()
-    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-    return torch.where((largest > 0) & largest.isfinite(), power, 1.0)
 
 
 def _fused(x, q, k, dq, dk, pairs, frames, size, blocks, place, scale, unity, coef, flags, live, bits, count) -> None:

@@ -149,8 +149,9 @@ def dq_kernel(
                 p = tl.exp2(tl.dot(q.to(DOT), tl.trans(k).to(DOT), input_precision=IEEE) * scale_log2 - lse[:, None])
                 x, y = coordinates(key, width, inverse)
                 slope = gx[:, None] * (x - centre_x)[None, :] + (gy[:, None] * (y - centre_y)[None, :] + rest[:, None])
-                # Keys beyond the frame were read as zeros; rows without gradient may hold anything.
-                dl = tl.where((lse != float("inf"))[:, None], p * slope, 0.0)
+                # Keys beyond the frame were read as zeros, but beside deep logits a logit of zero is infinitely likely; rows without
+                # gradient may hold anything.
+                dl = tl.where((lse != float("inf"))[:, None] & seen[None, :], p * slope, 0.0)
                 acc += tl.dot(dl.to(k.dtype).to(DOT), k.to(DOT), input_precision=IEEE)
     if HAS_UNITY:
         scale *= tl.load(UNITY)
