@@ -11,8 +11,12 @@ VIDKERN_BUILD=require         without a working C++ compiler, fail
 VIDKERN_BUILD=off             leave the compiled part out on purpose
 A compiler that works but fails on these sources fails the install in every case.
 CXX, CPPFLAGS, CXXFLAGS, LDFLAGS and (macOS) ARCHFLAGS are honoured.
+
+csrc/cuda ships as sources, which are compiled where they run. VIDKERN_CUDA_ARCHS="80;90" compiles them for these compute capabilities now,
+into vidkern/_cubins, with the nvcc of CUDACXX, of the PATH or of CUDA_HOME; without one, or with sources that it does not take, it fails.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -23,6 +27,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -270,6 +275,62 @@ def build_cpu():
     }
 
 
+# ---- CUDA -------------------------------------------------------------------------------------------------------------
+def find_nvcc():
+    """nvcc, or None."""
+    named = os.environ.get("CUDACXX")
+    if named:
+        return shutil.which(named)
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return shutil.which("nvcc") or next(filter(None, (shutil.which("nvcc", path=str(Path(home, "bin"))) for home in homes)), None)
+
+
+def build_cuda():
+    """(paths of the cubins asked for, what to record of them or None)."""
+    asked = os.environ.get("VIDKERN_CUDA_ARCHS", "")
+    archs = list(dict.fromkeys(re.split(r"[;,\s]+", asked.strip()))) if asked.strip() else []
+    if not archs:
+        return [], None
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}", arch)]
+    if wrong:
+        raise PlatformError(f"VIDKERN_CUDA_ARCHS={asked!r}: {wrong[0]!r}, expected compute capabilities such as 80;90")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise PlatformError(f"VIDKERN_CUDA_ARCHS={asked!r}, but there is no nvcc in CUDACXX, on the PATH or in CUDA_HOME")
+    spec = importlib.util.spec_from_file_location("vidkern_cuda_sources", ROOT / "vidkern" / "cuda" / "sources.py")
+    sources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sources)
+    csrc, folder = ROOT / "csrc", ROOT / "build" / "cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def one(job):
+        source, arch = job
+        made = folder / sources.ahead_name(source, csrc, arch)
+        if made.is_file():
+            return made, None
+        fresh = made.with_suffix(f".{os.getpid()}.new")
+        include = [word for path in sources.include_folders(csrc) for word in ("-I", str(path))]
+        command = [nvcc, *sources.OPTIONS, "-cubin", f"-arch=sm_{arch}", *include, "-o", str(fresh), str(source)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            fresh.unlink(missing_ok=True)
+            return made, done.stdout
+        os.replace(fresh, made)
+        return made, None
+
+    jobs = [(source, arch) for source in sorted((csrc / "cuda").glob("*.cu")) for arch in archs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(one, jobs))
+    for (source, arch), (_, complaint) in zip(jobs, done):
+        if complaint is not None:
+            print(complaint, file=sys.stderr)
+            raise CompileError(f"{nvcc} does not compile {source.name} for sm_{arch}, its messages are above")
+    said = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL).stdout.split("\n")
+    version = next((line for line in said if "release" in line), "unknown")
+    return [made for made, _ in done], {"archs": archs, "compiler": version}
+
+
+# ---- into the package -------------------------------------------------------------------------------------------------
 def replace(target, write):
     """Writes beside `target` and renames: a process that has the old library mapped keeps it."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -278,21 +339,28 @@ def replace(target, write):
     os.replace(fresh, target)
 
 
-class BuildCpu(build_ext):
-    """Puts `_cpu` and _build_info.json into the package: in the source tree when editable, else in the build folder."""
+class BuildCompiled(build_ext):
+    """Puts `_cpu`, _cubins and _build_info.json into the package: in the source tree when editable, else in the build folder."""
 
     written = ()
 
     def run(self):
         library, info = build_cpu()
+        cubins, built = build_cuda()
+        info |= {"cuda": built} if built else {}
         package = (ROOT if self.inplace else Path(self.build_lib)) / "vidkern"
         for stale in [*package.glob("_cpu.*.so"), *package.glob("_cpu.*.pyd")]:
             if library is None or stale.name != library.name:
                 stale.unlink()  # or it would be imported although the record says that it is not there
         if library is not None:
             replace(package / library.name, lambda path: shutil.copy2(library, path))
+        for stale in package.glob("_cubins/*.cubin"):
+            if stale.name not in {path.name for path in cubins}:
+                stale.unlink()
+        for path in cubins:
+            replace(package / "_cubins" / path.name, lambda target, path=path: shutil.copy2(path, target))
         replace(package / "_build_info.json", lambda path: path.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8"))
-        names = ["_build_info.json"] + ([library.name] if library else [])
+        names = ["_build_info.json", *([library.name] if library else []), *(f"_cubins/{path.name}" for path in cubins)]
         self.written = [] if self.inplace else [str(package / name) for name in names]
 
     def get_outputs(self):
@@ -335,6 +403,6 @@ setup(
     },
     include_package_data=False,
     ext_modules=[Extension("vidkern._cpu", sources=[])],
-    cmdclass={"build_ext": BuildCpu, "build_py": BuildPython},
+    cmdclass={"build_ext": BuildCompiled, "build_py": BuildPython},
     zip_safe=False,
 )

@@ -18,7 +18,7 @@ from vidkern.errors import UserError
 from . import gpu_machine, gpu_report, machine, records
 from .gpu_job import Job, OutOfTime
 
-STAGES = ("machine", "build", "verify", "sanitize", "time", "sweep", "profile")
+STAGES = ("machine", "build", "verify", "sanitize", "time", "ops", "sweep", "profile")
 DEFAULT = STAGES[:-1]
 SWEEP_SHAPES = ("C", "A", "F")
 CUT = 3  # exit status of a run whose time was used up before all was measured
@@ -111,7 +111,7 @@ def _stamp(args: argparse.Namespace) -> dict:
             state.update(f"{op.name} {backend.name} {verified.digest(tuple(backend.sources))}".encode())
     found = machine.versions()
     return {"sources": state.hexdigest()[:16], "torch": found.get("torch"), "triton": found.get("triton"),
-            "quick": args.quick, "dry": args.dry_run}  # fmt: skip
+            "nvrtc": found.get("nvidia-cuda-nvrtc"), "quick": args.quick, "dry": args.dry_run}  # fmt: skip
 
 
 # ---- stages -----------------------------------------------------------------------------------------------------------
@@ -153,8 +153,18 @@ def _machine(job: Job, shapes, tick: Callable, say: Callable) -> int:
     return 0
 
 
+def machine_code(device: str) -> dict[str, dict]:
+    """Where the machine code of each CUDA source comes from here and the seconds that took; nothing without a GPU."""
+    import torch
+
+    from vidkern.cuda import cubins
+    from vidkern.cuda.launcher import declared
+
+    return cubins.make_ready(declared(), torch.cuda.get_device_capability()) if device == "cuda" else {}
+
+
 def _build(job: Job, shapes, tick: Callable, say: Callable) -> int:
-    """What is installed, what each op chooses here, and how long a backend's first call takes."""
+    """What is installed, what each op chooses here, how long CUDA sources compile and a backend's first call takes."""
     import torch
 
     import vidkern
@@ -165,7 +175,9 @@ def _build(job: Job, shapes, tick: Callable, say: Callable) -> int:
     found = job.done("build")
     if found is None:
         info = vidkern.info()
-        found = {"versions": info.versions, "cpu": info.cpu, "ops": info.ops, "first_call_seconds": {}}
+        found = {"versions": info.versions, "cpu": info.cpu, "cuda": info.cuda, "ops": info.ops, "first_call_seconds": {}}
+        tick("CUDA sources")
+        found["machine_code"] = machine_code(job.device)
         for name, op in registry.ops().items():
             r = room(name)
             for backend in op.backends:
@@ -182,6 +194,9 @@ def _build(job: Job, shapes, tick: Callable, say: Callable) -> int:
         found = job.save("build", found)
     say(str(vidkern.info()))
     broken = 0
+    for stem, code in found["machine_code"].items():
+        say(f"  {stem}.cu: {code.get('reason') or code['from']}, {code['seconds']:.1f} s")
+        broken += "does not compile" in code.get("reason", "")
     for name, state in found["first_call_seconds"].items():
         if isinstance(state, str) and state.startswith("BackendUnavailable"):
             continue
@@ -242,6 +257,13 @@ def _time(job: Job, shapes, tick: Callable, say: Callable) -> int:
     return CUT if any(b["cut"] for b in found) else 0
 
 
+def _ops(job: Job, shapes, tick: Callable, say: Callable) -> int:
+    from . import gpu_ops
+
+    gpu_ops.run(job, tick, say)
+    return 0
+
+
 def _sweep(job: Job, shapes, tick: Callable, say: Callable) -> int:
     from . import gpu_sweep
 
@@ -257,8 +279,8 @@ def _profile(job: Job, shapes, tick: Callable, say: Callable) -> int:
     return 0
 
 
-RUN = {"machine": _machine, "build": _build, "verify": _verify, "sanitize": _sanitize, "time": _time, "sweep": _sweep,
-       "profile": _profile}  # fmt: skip
+RUN = {"machine": _machine, "build": _build, "verify": _verify, "sanitize": _sanitize, "time": _time, "ops": _ops,
+       "sweep": _sweep, "profile": _profile}  # fmt: skip
 
 if __name__ == "__main__":
     raise SystemExit(main())

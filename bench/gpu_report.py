@@ -26,27 +26,39 @@ def time_blocks(folder: Path) -> list[dict]:
 
 
 def write(folder: Path, name: str = "grid_attention-gpu") -> list[Path]:
-    """(Re)write ``<name>.json``, ``.csv`` and, with matplotlib, ``.png`` from what the stages have left in ``folder``."""
+    """(Re)write ``<name>.json``, ``.csv`` and, with matplotlib, ``.png`` from what the stages have left in ``folder``; and
+    :func:`write_ops`."""
     blocks = time_blocks(folder)
+    more = write_ops(folder)
     parts = {n: load(folder / "gpu" / f"{n}.json") for n in ("machine", "build", "verify", "sweep", "profile")}
     parts["sanitize"] = {p.stem: load(p) for p in sorted((folder / "gpu" / "sanitize").glob("[!.]*.json"))}
     if not blocks and not any(parts.values()):
-        return []
+        return more
     verdicts = {
         f"{b['shape']['name']} {b['dtype']} {b['mode']}": [{"met": v.met, "text": v.text} for v in targets.evaluate_gpu(b)]
         for b in blocks
     }
-    written = [folder / f"{name}.json"]
+    written = [folder / f"{name}.json", *more]
     content = {**{k: v for k, v in parts.items() if v}, "time": blocks, "targets": verdicts}
     records.write_text(written[0], json.dumps(content, indent=1, sort_keys=True) + "\n")
     if not blocks:
         return written
     written.append(folder / f"{name}.csv")
-    records.write_text(written[1], table(blocks, parts["machine"] or {}))
+    records.write_text(written[-1], table(blocks, parts["machine"] or {}))
     if importlib.util.find_spec("matplotlib") is not None:
         written.append(folder / f"{name}.png")
-        draw(blocks, parts["machine"] or {}, written[2])
+        draw(blocks, parts["machine"] or {}, written[-1])
     return written
+
+
+def write_ops(folder: Path) -> list[Path]:
+    """(Re)write ``ops-gpu.json`` from what stage ``ops`` has left."""
+    blocks = [b for b in map(load, sorted((folder / "gpu" / "ops").glob("[!.]*.json"))) if b]
+    if not blocks:
+        return []
+    content = {"machine": load(folder / "gpu" / "machine.json"), "ops": blocks}
+    records.write_text(folder / "ops-gpu.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return [folder / "ops-gpu.json"]
 
 
 def table(blocks: list[dict], where: dict) -> str:

@@ -1,7 +1,8 @@
-"""Files appear whole or not at all, in folders that were tried before any work."""
+"""Files appear whole or not at all, in folders that were tried before any work; and where the user's cache is."""
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,3 +32,17 @@ def prepare_folder(path: str | os.PathLike) -> Path:
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror or error}), expected a folder to write into") from error
     return out
+
+
+def cache_dir() -> Path:
+    """``$VIDKERN_CACHE``, or vidkern's folder in the platform's place for caches."""
+    named = os.environ.get("VIDKERN_CACHE")
+    if named:
+        return Path(named)
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "vidkern"

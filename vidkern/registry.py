@@ -249,8 +249,11 @@ class Op:
         impl = args[-1]
         if impl == "auto":
             for backend in self.backends:
+                # A record that is needed is looked for first: that is quicker than a predicate which looks at every stride.
+                if backend.trust == "require" and not self._trusted(backend, args):
+                    continue
                 # The comparison is all that a call pays for backends that need no record.
-                if backend.why_not(*args) is None and (backend.trust == "none" or self._trusted(backend, args)):
+                if backend.why_not(*args) is None and (backend.trust != "warn" or self._trusted(backend, args)):
                     return backend.name
             reasons = "; ".join(f"{b.name}: {b.why_not(*args) or self.unverified(b, args)}" for b in self.backends)
             raise BackendUnavailable(f"{self.name}: no backend can serve these arguments ({reasons})")

@@ -12,9 +12,7 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import re
-import sys
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._files import replacing
+from ._files import cache_dir, replacing
+from .cuda.sources import included
 
 FORMAT = 1
 FILE = "verified.json"
@@ -156,9 +155,7 @@ def _neighbours(path: Path, text: str) -> Iterator[Path]:
                 names = [node.module.split(".")[0]] if node.module else [a.name for a in node.names]
                 yield from (path.with_name(f"{n}.py") for n in names)
         return
-    roots = (path.parent, *path.parents[:3])
-    for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.MULTILINE):
-        yield next((root / name for root in roots if (root / name).is_file()), path.parent / name)
+    yield from included(path, text)
 
 
 def closure(sources: Sequence[str]) -> list[Path]:
@@ -193,20 +190,6 @@ def digest(sources: tuple[str, ...]) -> str:
 
 
 # ---- records --------------------------------------------------------------------------------------------------------
-def cache_dir() -> Path:
-    """``$VIDKERN_CACHE``, or vidkern's folder in the platform's place for caches."""
-    named = os.environ.get("VIDKERN_CACHE")
-    if named:
-        return Path(named)
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "vidkern"
-
-
 def shipped_dir() -> Path | None:
     """Folder of the records that come with the package."""
     spec = importlib.util.find_spec("vidkern.bench")

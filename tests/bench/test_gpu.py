@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from vidkern.bench import gpu, gpu_job, gpu_machine, gpu_report, gpu_small, gpu_sweep, gpu_time, machine, targets
+from vidkern.bench import gpu, gpu_job, gpu_machine, gpu_ops, gpu_report, gpu_small, gpu_sweep, gpu_time, machine, targets
 from vidkern.bench.peers import _grid_attention_gpu as gpu_peers
 from vidkern.bench.peers import grid_attention as suite_of
 from vidkern.bench.shapes import GRID
@@ -35,8 +35,9 @@ def cheap(monkeypatch):
 
 
 def one_op(monkeypatch):
-    """The verify stage looks at merge_attention alone, which takes no time."""
+    """The verify stage looks at merge_attention alone, and stage ops at a small one, which takes no time."""
     plan = command.plan
+    monkeypatch.setattr(gpu_ops, "OPS", {"pyramid_merge": ("wan",)})
     monkeypatch.setattr(command, "plan", lambda device, ops, backends, seed: plan(device, ["merge_attention"], ["cpu"], seed))
 
 
@@ -68,9 +69,13 @@ def test_dry_run_walks_through_every_stage(tmp_path, capsys, monkeypatch):
     assert len(found) == sum(len(b["rows"]) for b in report["time"]) and float(found[0]["ms_median"]) > 0
     assert (folder / "grid_attention-gpu.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not list(tmp_path.rglob("verified.json")), "a dry run verifies nothing"
+    ops = json.loads((folder / "ops-gpu.json").read_text())
+    assert [(b["op"], b["shape"]["name"], b["mode"]) for b in ops["ops"]] == [("pyramid_merge", "small", "fwd")]
+    assert ops["machine"]["limits"] and report["build"]["machine_code"] == {} and report["build"]["cuda"]["kept in"]
 
     # The same command again finds everything there and measures nothing.
     monkeypatch.setattr(gpu_time, "measure", None)
+    monkeypatch.setattr(gpu_ops, "measure", None)
     monkeypatch.setattr(gpu_sweep, "measure", None)
     assert gpu.main(words) == 0
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from vidkern.cuda.sources import closure
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUILT = HERE.parents[1] / "build" / "executor"
@@ -22,14 +24,10 @@ class KernelError(AssertionError):
     """A rule that a kernel broke, as the executor tells it."""
 
 
-def _closure(source: Path) -> list[Path]:
-    """A source and all that it may include."""
-    return [source, *sorted(HERE.glob("executor.*")), *sorted((CSRC / "cuda").rglob("*.h")), *sorted((CSRC / "common").rglob("*.h"))]
-
-
 def _digest(source: Path, *more: str) -> str:
+    """Hash over a source, all that it includes, and the executor."""
     h = hashlib.sha256(repr(more).encode())
-    for path in _closure(source):
+    for path in (*closure(source), *sorted(HERE.glob("executor.*"))):
         h.update(path.name.encode())
         h.update(path.read_bytes())
     return h.hexdigest()[:24]
@@ -56,7 +54,9 @@ class Program:
     """A CUDA source as a library of the executor. ``edit``: (old, new), replaced once in the source or a header beside it: a seeded fault."""
 
     def __init__(self, source: Path, *edit: tuple[str, str]):
-        texts = {path: path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))}
+        # The source and the headers beside it that it includes.
+        beside = [path for path in closure(source) if path.parent == source.resolve().parent]
+        texts = {path: path.read_text() for path in beside}
         for old, new in edit:
             holders = [path for path, text in texts.items() if old in text]
             assert len(holders) == 1 and texts[holders[0]].count(old) == 1, f"{old!r} stands in {holders}, expected once in one file"

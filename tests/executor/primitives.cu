@@ -1,6 +1,7 @@
 // Small kernels around single primitives: what tests/executor/test_primitives.py pins to the tables of the PTX manual.
 #include "device/async.h"
 #include "device/matrix.h"
+#include "device/philox.h"
 #include "device/warp.h"
 
 using namespace vk;
@@ -85,3 +86,32 @@ VK_KERNEL(128) pairs(const Values p) {
   store(p.to + t, load(p.from + seen));
 }
 VK_ENTRY(pairs, Values)
+
+struct Numbers {
+  const float *a, *b, *c;
+  float* to;
+};
+// One warp: a b + c rounded once, a b and then + c, the root of a, and the bits of a there and back; [32, 4].
+VK_KERNEL(32) numbers(const Numbers p) {
+  const u32 lane = lane_index();
+  const float a = load(p.a + lane), b = load(p.b + lane), c = load(p.c + lane);
+  store(p.to + lane * 4, fused(a, b, c));
+  store(p.to + lane * 4 + 1, times(a, b) + c);
+  store(p.to + lane * 4 + 2, square_root(a));
+  store(p.to + lane * 4 + 3, as_float(as_bits(a) ^ 0x80000000u));
+}
+VK_ENTRY(numbers, Numbers)
+
+struct Drawn {
+  float* to;
+  i64 first;
+  Draw draw;
+};
+// One warp: normals of the elements from `first` + 9 lane on, 8 for each lane; [32, 8].
+VK_KERNEL(32) drawn(const Drawn p) {
+  const u32 lane = lane_index();
+  float v[8];
+  normals8(v, p.first + 9 * lane, p.draw);
+  for (u32 i = 0; i < 8; ++i) store(p.to + lane * 8 + i, v[i]);
+}
+VK_ENTRY(drawn, Drawn)

@@ -1,11 +1,14 @@
 """Every primitive's model against the tables of the PTX manual, written out here, and every rule of the executor broken once."""
 
+import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+
+from vidkern.ops.pyramid import philox
 
 from harness import KernelError, Program, machine_code, nvcc, structure
 
@@ -112,6 +115,31 @@ def test_named_barriers(program, seed):
     values, got = torch.randn(128), torch.zeros(128)
     program.run("pairs", structure(**{"from": values, "to": got}), blocks=1, threads=128, shared=512, reads=[values], writes=[got], seed=seed)
     assert torch.equal(got, values.view(2, 2, 32).flip(1).reshape(128))
+
+
+def test_numbers(program):
+    """Against float64, which holds a product of two float32 exactly."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(32, generator=g).abs(), torch.randn(32, generator=g)
+    c, got = -(a * b), torch.zeros(32, 4)  # what is left of a b + c are the bits that a product of its own drops
+    program.run("numbers", structure(a=a, b=b, c=c, to=got), blocks=1, threads=32, reads=[a, b, c], writes=[got])
+    assert torch.equal(got[:, 0].double(), a.double() * b.double() + c.double()) and got[:, 0].any()
+    assert not got[:, 1].any() and torch.equal(got[:, 2], a.double().sqrt().float()) and torch.equal(got[:, 3], -a)
+
+
+@pytest.mark.parametrize("seed, offset, sample, first", [(0, 0, 0, 0), (0x7BADC0DEDEADBEEF, 0xFFFFFFFF, 0x9ABCDEF0, (1 << 33) + 1)])
+def test_noise_is_that_of_the_generator(program, seed, offset, sample, first):
+    """From any element on, beyond 2^32 too: within 4 ulp of Box-Muller in float64 on the words of the reference."""
+    got, words = torch.zeros(32, 8), [seed & 0xFFFFFFFF, seed >> 32, 3, sample, offset]
+    fields = {f"word{i}": (ctypes.c_uint32, w) for i, w in enumerate(words)}
+    program.run("drawn", structure(to=got, first=(ctypes.c_int64, first), **fields), blocks=1, threads=32, writes=[got])
+    at = first + 9 * torch.arange(32)[:, None] + torch.arange(8)
+    blocks = at // 4
+    rest = (torch.full_like(blocks, v) for v in (3, sample, offset))
+    made = torch.stack(philox.philox4x32((blocks, *rest), (seed & 0xFFFFFFFF, seed >> 32)), -1)
+    exact = philox.box_muller(made.unflatten(-1, (2, 2))).flatten(-2).gather(-1, (at % 4)[..., None])[..., 0]
+    unit = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(1e-30))) - 23)
+    assert ((got.double() - exact).abs() / unit).max() <= 4
 
 
 FAULTS = {

@@ -13,7 +13,7 @@ SHIPPED = (
     *("setup.py", "pyproject.toml", "constraints.txt", "MANIFEST.in", "README.md", "CONTRIBUTING.md", "LICENSE"),
     *("csrc", "vidkern", "models", "bench", "tests"),
 )
-GENERATED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build_info.json", "build")
+GENERATED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_build_info.json", "_cubins", "build")
 
 # The smallest sources that setup.py can build: one op over one header, one file that is compiled once.
 TINY = {

@@ -1,6 +1,7 @@
 """Records: what they are bound to, which count, and what automatic choice makes of them."""
 
 import json
+import sys
 import warnings
 
 import pytest
@@ -100,7 +101,7 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("VIDKERN_CACHE", str(tmp_path / "a"))
     assert verified.cache_dir() == tmp_path / "a"
     monkeypatch.delenv("VIDKERN_CACHE")
-    monkeypatch.setattr(verified.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert verified.cache_dir() == tmp_path / "vidkern"
 

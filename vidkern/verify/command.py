@@ -16,6 +16,8 @@ import torch
 
 from .. import about, registry, verified
 from .._files import prepare_folder
+from ..cuda import cubins
+from ..cuda.launcher import declared
 from ..errors import UserError, import_extra
 from . import accuracy, probes, warm
 from .rooms import room
@@ -129,9 +131,16 @@ def compile_ahead(units: Sequence[Unit], device: torch.device, seed: int, limit:
     """Let other processes compile what the backends compile at their first calls; the seconds that took."""
     if device.type != "cuda":
         return 0.0
+    begun = time.monotonic()
+    if any(u.backend == "cuda" for u in units):
+        # A source holds all its kernels: processes that shared the cases would each compile the same. Why one does not compile, the first
+        # call that needs it tells.
+        cubins.make_ready(declared(), torch.cuda.get_device_capability(device))
     known = registry.ops()
-    at_first_call = lambda u: known[u.op]._by_name[u.backend].trust != "none"  # noqa: E731
-    return warm.start([f"{u.op}/{u.backend}/{u.dtype}" for u in units if at_first_call(u)], seed, device, limit)
+    at_first_call = lambda u: u.backend != "cuda" and known[u.op]._by_name[u.backend].trust != "none"  # noqa: E731
+    spent = time.monotonic() - begun
+    waiting = [f"{u.op}/{u.backend}/{u.dtype}" for u in units if at_first_call(u)]
+    return spent + warm.start(waiting, seed, device, max(0.0, limit - spent))
 
 
 def _units(op: registry.Op, backend: str, device: torch.device, seed: int) -> tuple[list[Unit], str]:
@@ -142,7 +151,7 @@ def _units(op: registry.Op, backend: str, device: torch.device, seed: int) -> tu
             with torch.no_grad():
                 r.call(r.samples[0], r.inputs(r.samples[0], dtype, seed, device), impl=backend)
         except registry.BackendUnavailable as error:
-            reason = str(error).rpartition(": ")[2]
+            reason = _reason(error)
             continue
         except Exception as error:  # whatever a kernel fails with, at its first call already, is a finding
             unit.failed.append(f"first call: {_first_line(error)}")
@@ -216,6 +225,9 @@ def _run(unit: Unit, name: str, step: Callable, seed: int) -> None:
         step(unit, seed)
     except probes.CheckFailed as error:
         unit.failed.append(str(error))
+    except registry.BackendUnavailable as error:
+        # It is never chosen for this; that it serves the first sample is what made it a unit.
+        unit.left_out.append(f"{name}: it cannot serve it: {_reason(error)}")
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         unit.left_out.append(f"{name}: not enough memory")
@@ -224,6 +236,11 @@ def _run(unit: Unit, name: str, step: Callable, seed: int) -> None:
         if "CUDA error" in str(error):
             raise DeviceLost(f"{unit.op} {unit.backend} {unit.dtype} {name}: {_first_line(error)}") from None
     unit.done += 1
+
+
+def _reason(error: registry.BackendUnavailable) -> str:
+    """Why a backend that was named cannot serve a call, without the words that name it."""
+    return str(error).split(": ", 2)[-1]
 
 
 def _first_line(error: BaseException) -> str:
@@ -274,7 +291,7 @@ def keep(units: list[Unit], device, seed: int, folder: Path) -> list[Path]:
 
 def versions(device) -> dict[str, str]:
     """Versions that a record names."""
-    found = {name: about.version(name) for name in ("vidkern", "torch", "triton")}
+    found = {name: about.version(name) for name in ("vidkern", "torch", "triton", "cuda-python", "nvidia-cuda-nvrtc")}
     if torch.device(device).type == "cuda":
         found |= {"cuda": str(torch.version.cuda), "driver": driver()}
     return found

@@ -11,9 +11,10 @@ import math
 
 import torch
 
+from ... import cuda as kernels
 from ... import registry
 from ..launch import cpu_why_not, fill, triton_why_not, unit_stride
-from . import cost, reference
+from . import cost, cuda, reference
 from .patterns import PARTS, FramePattern, GridPattern, grid_key
 
 __all__ = ["FramePattern", "GridPattern", "frame_sparse_attention", "grid_attention"]
@@ -129,6 +130,18 @@ def _triton_why_not(q, *rest) -> str | None:
     return triton_why_not(q)
 
 
+def _cuda_forward(*args, **kwargs):
+    cuda.forward(*args, launch=kernels.launch, **kwargs)
+
+
+def _cuda_backward(*args, **kwargs):
+    cuda.backward(*args, launch=kernels.launch, **kwargs)
+
+
+def _cuda_why_not(q, k, v, *rest) -> str | None:
+    return kernels.why_not(q) or cuda.why_not(q, k, v)
+
+
 def _reference_forward(*args, out, lse, **kwargs):
     fill((out, lse), reference.forward(*args, **kwargs))
 
@@ -191,6 +204,11 @@ OP = registry.Op(
     allocate=_allocate,
     backends=(
         registry.Backend("cpu", _cpu_why_not, _run_with(_cpu_forward), _run_backward_with(_cpu_backward)),
+        registry.Backend(
+            "cuda", _cuda_why_not, _run_with(_cuda_forward), _run_backward_with(_cuda_backward),
+            description="CUDA kernels for float16 and bfloat16, head_dim up to 128, on NVIDIA GPUs of compute capability 8.0 on",
+            trust="require", sources=kernels.declare(cuda),
+        ),
         registry.Backend(
             "triton", _triton_why_not, _run_with(_triton_forward), _run_backward_with(_triton_backward),
             description="Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on",
@@ -393,8 +411,9 @@ def grid_attention(
         scale: factor on the logits; default ``1 / sqrt(D)``.
         return_lse: also return the log-sum-exp, e.g. for :func:`merge_attention`.
         deterministic: ask for a bitwise reproducible backward; None follows
-            ``torch.use_deterministic_algorithms``. The CPU and Triton backends always are.
-        impl: backend by name (``"cpu"``, ``"triton"``, ``"reference"``); None follows :func:`vidkern.use`, by default the first that can.
+            ``torch.use_deterministic_algorithms``. The CPU, CUDA and Triton backends always are.
+        impl: backend by name (``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``); None follows :func:`vidkern.use`, by default
+            the first that can, among the CUDA kernels only where a record of ``vidkern verify`` vouches for them.
 
     Returns:
         out, shaped, laid out and typed like q; with ``return_lse`` the pair (out, lse), where lse is the natural-log

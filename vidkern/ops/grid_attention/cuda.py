@@ -8,9 +8,15 @@ import math
 
 import torch
 
+from ...cuda import first_byte
 from . import reference
 from .plan import Shape, Tiling, plan
 
+# Source below csrc/cuda -> what the names of its kernels begin with.
+SOURCES = {
+    "grid_attention": ("grid_attention_forward_",),
+    "grid_attention_backward": ("grid_attention_delta_", "grid_attention_dq_", "grid_attention_dkv_"),
+}
 ROWS, THREADS = 64, 128
 TILING = Tiling(ROWS, 64, 32, True)
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -64,7 +70,8 @@ def why_not(q, k, v) -> str | None:
     if q.shape[3] > 128:
         return f"head_dim is {q.shape[3]}, it serves up to 128"
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.data_ptr() % 16 or any(s % 8 for s, n in zip(t.stride()[:3], t.shape) if n > 1):
+        # Rows of a multiple of 8 values: where they follow each other, only the first can be off.
+        if first_byte(t) % 16 or (not t.is_contiguous() and any(s % 8 for s, n in zip(t.stride()[:3], t.shape) if n > 1)):
             return f"{name}'s rows are not aligned to 16 bytes"
     return None
 

@@ -1,0 +1,104 @@
+"""The whole way of ``impl="cuda"`` but for the hardware: op, launcher, launch layer, the driver's call, and the kernel, executed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_cuda import FakeCuda, FakeDriver
+from harness import CSRC, KernelError, Program
+
+import vidkern
+from vidkern import cuda, registry
+from vidkern.cuda import cubins
+from vidkern.cuda.launcher import source_of
+from vidkern.verify import accuracy, command, rooms
+
+
+class Executing(cuda.Launcher):
+    """The launch layer over a driver whose launches run in the executor, which is told the tensors that a kernel may touch."""
+
+    def __init__(self):
+        self.cu, self.programs, self.may = FakeCuda(), {}, None
+        self.cu.run = self._run
+        super().__init__(FakeDriver(self.cu))
+
+    def __call__(self, name, parameters, blocks, threads, shared, reads, writes):
+        self.may = SimpleNamespace(reads=reads, writes=writes, kind=type(parameters))
+        super().__call__(name, parameters, blocks, threads, shared, reads, writes)
+
+    def _run(self, given):
+        stem = source_of(given.name)
+        if stem not in self.programs:
+            self.programs[stem] = Program(CSRC / "cuda" / f"{stem}.cu")
+        self.programs[stem].run(
+            given.name, self.may.kind.from_address(given.address), blocks=given.blocks, threads=given.threads, shared=given.shared,
+            reads=self.may.reads, writes=self.may.writes,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def executing(monkeypatch, tmp_path):
+    """CPU tensors count as ones on a GPU, machine code as compiled."""
+    monkeypatch.setenv("VIDKERN_CACHE", str(tmp_path))
+    monkeypatch.setattr(cubins, "compile", lambda stem, arch: stem.encode())
+    monkeypatch.setattr(cuda, "why_not", lambda t: None)
+    launcher = Executing()
+    monkeypatch.setattr(cuda, "launch", launcher)
+    registry.ops()
+    return launcher
+
+
+def attend(impl, dtype=torch.bfloat16, dim=40, **more):
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, h, 2 * 3 * 11, dim, generator=g).to(dtype).requires_grad_() for h in (2, 1, 1)]
+    weight = torch.randn(1, 2, 2 * 3 * 11, dim, generator=g)
+    if impl == "reference":
+        leaves = [t.detach().double().requires_grad_() for t in leaves]
+    out = vidkern.grid_attention(*leaves, grid=(2, 3), impl=impl, **more)
+    return out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves)
+
+
+def test_forward_and_backward(executing):
+    found, right = attend("cuda"), attend("reference")
+    for a, b in zip(found, right):
+        assert (a.double() - b).abs().max() < 0.015 * b.abs().max()
+    names = [given.name for given in executing.cu.launches]
+    assert names == [f"grid_attention_{part}" for part in ("forward_bf16_64", "delta_bf16", "dq_bf16_64", "dkv_bf16_64")]
+    assert [arguments for name, arguments in executing.cu.calls if name == "cuModuleLoadData"] == [(b"grid_attention",), (b"grid_attention_backward",)]
+    assert executing.cu.count("cuFuncSetAttribute") == 0
+
+
+def test_the_forward_chosen_stays_the_backwards(executing):
+    """Under ``use`` as by name, in float16, with masks, and with more than 48 KB of shared memory."""
+    valid = torch.tensor([[True, False, True], [True, True, True]])
+    with vidkern.use("cuda"):
+        found = attend(None, torch.float16, 72, valid=valid)
+    for a, b in zip(found, attend("reference", torch.float16, 72, valid=valid)):
+        assert (a.double() - b).abs().max() < 0.01 * b.abs().max()
+    assert {given.name.partition("_f16")[2] for given in executing.cu.launches if "delta" not in given.name} == {"_128_live"}
+    assert executing.cu.count("cuFuncSetAttribute") == 3
+
+
+def test_parameters_that_lie_are_noticed(executing, monkeypatch):
+    """The executor sees the parameters that the driver was given, not those that the launcher made: a byte lost on the way is noticed."""
+    address = cuda.launcher.ctypes.addressof
+    monkeypatch.setattr("vidkern.cuda.driver.ctypes.addressof", lambda p: address(p) + (8 if isinstance(p, cuda.launcher.ctypes.Structure) else 0))
+    with pytest.raises(KernelError):
+        attend("cuda")
+
+
+def test_what_it_cannot_serve_is_left_out_of_a_verification(executing, monkeypatch):
+    """Head dims above 128 are not among what it would be chosen for: the others have to pass, and the table says what was not looked at."""
+    room = rooms.room("grid_attention")
+    chosen = [next(s for s in room.samples if s.name == "dim_8"), next(s for s in room.samples if s.dim > 128)]
+    monkeypatch.setitem(rooms.ROOMS, "grid_attention", rooms.Room(**{**vars(room), "samples": tuple(chosen), "probes": {}}))
+    units = command.plan("cpu", ["grid_attention"], ["cuda"], 3)
+    assert [u.dtype for u in units] == ["bfloat16", "float16"]
+    unit = units[0]
+    assert [name for name, _ in unit.steps] == [s.name for s in chosen] + [f"same bits {s.name}" for s in chosen]
+    unit.steps = unit.steps[:3]
+    with accuracy.poisoned():
+        assert command.verify([unit], 3, 0, quiet=True) is None
+    assert unit.state == "passed" and 0 < unit.worst["max"] <= accuracy.RATIO_MAX
+    assert any(f"{chosen[-1].name}: it cannot serve it: head_dim is {chosen[-1].dim}" in text for text in unit.left_out), unit.left_out
+    assert "left out" in "\n".join(command.table([unit]))

@@ -1,0 +1,113 @@
+"""The calls of CUDA's driver and of torch that a launch takes, in one object."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+import torch
+
+_Slot = ctypes.c_void_p * 1
+_NO_CONTEXT = (3, 201)  # CUDA_ERROR_NOT_INITIALIZED, CUDA_ERROR_INVALID_CONTEXT
+_OUT_OF_RESOURCES = 701
+_LOST = 700  # errors from here on leave the device's context broken, but for the one above
+
+
+class LoadError(RuntimeError):
+    """The driver does not load machine code."""
+
+
+class Driver:
+    """CUDA through cuda.bindings.
+
+    Args:
+        cu: ``cuda.bindings.driver``, which is imported where it is None.
+    """
+
+    def __init__(self, cu=None):
+        if cu is None:
+            from cuda.bindings import driver as cu
+        self._cu = cu
+        self._launch_kernel = cu.cuLaunchKernel
+        self._contexts: dict[int, object] = {}
+        self._current = getattr(torch._C, "_cuda_getDevice", None)
+        self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+    # ---- torch --------------------------------------------------------------------------------------------------------
+    def capability(self, device: int) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(device)
+
+    def capturing(self, device: int) -> bool:
+        """Whether the device's current stream is being captured into a graph."""
+        with self.on(device):
+            return torch.cuda.is_current_stream_capturing()
+
+    def on(self, device: int) -> contextlib.AbstractContextManager:
+        """Makes a device the current one."""
+        return torch.cuda.device(device)
+
+    # ---- CUDA ---------------------------------------------------------------------------------------------------------
+    def _ask(self, what: str, result: tuple, kind: type[RuntimeError] = RuntimeError):
+        """The value of a call, or its error raised."""
+        error, *values = result
+        if int(error):
+            raise kind(f"{what}: {getattr(error, 'name', error)}")
+        return values[0] if values else None
+
+    def _activate(self, device: int) -> None:
+        """The device's primary context, which torch shares, on this thread: a thread that has not used CUDA yet has none."""
+        cu = self._cu
+        if device not in self._contexts:
+            self._ask("cuInit", cu.cuInit(0))
+            ordinal = self._ask("cuDeviceGet", cu.cuDeviceGet(device))
+            self._contexts[device] = self._ask("cuDevicePrimaryCtxRetain", cu.cuDevicePrimaryCtxRetain(ordinal))
+        self._ask("cuCtxSetCurrent", cu.cuCtxSetCurrent(self._contexts[device]))
+
+    def load(self, device: int, code: bytes):
+        """A module of machine code on a device.
+
+        Raises:
+            LoadError: the driver does not take it.
+        """
+        with self.on(device):
+            self._activate(device)
+            try:
+                return self._ask("cuModuleLoadData", self._cu.cuModuleLoadData(code), LoadError)
+            except LoadError as error:
+                of_driver = self._ask("cuDriverGetVersion", self._cu.cuDriverGetVersion())
+                said = f"{error}; the driver is one for CUDA {of_driver // 1000}.{of_driver % 1000 // 10}"
+                raise LoadError(f"{said}, expected one as recent as the compiler that made this") from None
+
+    def function(self, device: int, module, name: str):
+        """A kernel of a module."""
+        with self.on(device):
+            return self._ask(f"{name}: cuModuleGetFunction", self._cu.cuModuleGetFunction(module, name.encode()))
+
+    def allow(self, device: int, name: str, function, shared: int) -> None:
+        """Let a kernel ask for ``shared`` bytes of dynamic shared memory."""
+        attribute = self._cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        with self.on(device):
+            given = self._cu.cuFuncSetAttribute(function, attribute, shared)
+            self._ask(f"{name}: {shared} bytes of shared memory for a block", given)
+
+    def launch(self, name: str, device: int, function, blocks: int, threads: int, shared: int, parameters: ctypes.Structure) -> None:
+        """Launch on torch's current stream of the device."""
+        if self._current() != device:
+            with self.on(device):
+                self._queue(name, device, function, blocks, threads, shared, parameters)
+        else:
+            self._queue(name, device, function, blocks, threads, shared, parameters)
+
+    def _queue(self, name, device, function, blocks, threads, shared, parameters) -> None:
+        # An array of one pointer, to the one parameter, which the driver copies before it returns.
+        slot = _Slot(ctypes.addressof(parameters))
+        given = (function, blocks, 1, 1, threads, 1, 1, shared, self._stream(device), ctypes.addressof(slot), 0)
+        error = self._launch_kernel(*given)[0]
+        if error and error in _NO_CONTEXT:
+            self._activate(device)
+            error = self._launch_kernel(*given)[0]
+        if error:
+            code = int(error)
+            lost = "CUDA error: " if code >= _LOST and code != _OUT_OF_RESOURCES else ""
+            said = f"{blocks} blocks of {threads} threads with {shared} bytes of shared memory"
+            raise RuntimeError(f"{lost}{name}: {getattr(error, 'name', code)} at a launch of {said}")
