@@ -13,9 +13,10 @@ from collections import namedtuple
 
 import torch
 
+from ... import cuda as kernels
 from ... import registry
 from ..launch import cpu_why_not, triton_why_not, unit_stride
-from . import cost, plans, reference
+from . import cost, cuda, plans, reference
 from .pairs import pairs_key, pairs_of
 
 __all__ = ["amf_loss", "attention_motion_flow"]
@@ -93,6 +94,14 @@ def _triton():
     return triton
 
 
+def _cuda_why_not(q, k, pairs, frames, height, width, *rest) -> str | None:
+    return kernels.why_not(q) or cuda.why_not(q, k, frames, height, width)
+
+
+def _cuda_launch(kind):
+    return functools.partial(getattr(cuda, kind), launch=kernels.launch)
+
+
 def _backend(name, why_not, module, **more):
     launch = lambda kind: getattr(module(), kind)  # noqa: E731
     return registry.Backend(name, lambda q, *rest: why_not(q), _run_with(launch), _run_backward_with(launch), **more)
@@ -152,6 +161,11 @@ OP = registry.Op(
     allocate=_allocate,
     backends=(
         _backend("cpu", cpu_why_not, _cpu),
+        registry.Backend(
+            "cuda", _cuda_why_not, _run_with(_cuda_launch), _run_backward_with(_cuda_launch),
+            description="CUDA kernels for float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 on",
+            trust="require", sources=kernels.declare(cuda),
+        ),
         _backend(
             "triton", triton_why_not, _triton, trust="warn", sources=("ops/attention_motion_flow/triton.py",),
             description="Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on",
@@ -310,7 +324,7 @@ def attention_motion_flow(
             float16 or float64; sums are in float32 (float64).
         grid: (F, h, w): frames, and rows and columns of patches in each.
         layout: ``"bhld"`` or ``"blhd"``.
-        tau: factor on the logits, > 0: the larger, the sharper. It does not change the hard flow.
+        tau: factor on the logits, > 0: the larger, the sharper. It does not change the hard flow, but for ``"prob_mean"``.
         scale: factor on the dot products of one head; default ``1 / sqrt(D)``.
         heads: ``"logit_mean"``: one map from the logits averaged over the heads; ``"prob_mean"``: one softmax per head, maps
             averaged; ``"qk_mean"``: q and k averaged first, which is not the same (products across heads); ``"none"``: a
@@ -326,7 +340,7 @@ def attention_motion_flow(
         return_lse: also the log-sum-exp of the logits over the frame; for ``"prob_mean"`` one for every head.
         return_conf: also the largest probability in the frame.
         return_entropy: also the entropy of the softmax over the frame, in nats; for ``"prob_mean"`` the mean over the heads.
-        impl: backend by name (``"cpu"``, ``"triton"``, ``"reference"``); None follows :func:`vidkern.use`.
+        impl: backend by name (``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``); None follows :func:`vidkern.use`.
 
     Returns:
         the flow [P, S, 2] with S = h * w, float32 (float64 for float64 inputs). Of several results a named tuple, in this
