@@ -1,6 +1,6 @@
 """The pruned ops as compositions of one product and the passes around it, whoever computes them.
 
-A *kit* is a module with ``Source``, ``Prologue``, ``product``, ``slope``, ``normed_backward`` and ``pair_rows``: cpu.py and triton.py.
+A *kit* is a module with ``Source``, ``Prologue``, ``product``, ``slope``, ``normed_backward`` and ``pair_rows``: cpu.py, cuda.py and triton.py.
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ import importlib
 
 import torch
 
+from ... import cuda as kernels
 from ... import registry
 from ..launch import cpu_why_not, fill, triton_why_not
-from ..pruned import checks
+from ..pruned import checks, cuda
 from ..pruned.index import resolve
 from ..pruned.plans import PlannedOp
 from ..pruned.wants import INNER, OUTER, RESIDUAL, wanted
@@ -91,6 +92,11 @@ OP = PlannedOp(
     backends=(
         registry.Backend("cpu", lambda x, *rest: cpu_why_not(x), *_with("cpu")),
         registry.Backend(
+            "cuda", lambda x, *rest: kernels.why_not(x) or cuda.why_not(x, rest[6]), *_with("cuda"), trust="require",
+            sources=kernels.declare(cuda),
+            description="CUDA kernels for float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 on",
+        ),
+        registry.Backend(
             "triton", lambda x, *rest: triton_why_not(x), *_with("triton"), trust="warn", sources=("ops/pruned/triton.py",),
             description="Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on",
         ),
@@ -121,7 +127,7 @@ def pruned_ffn(
 ):
     """``residual + gate * (act(P(x) W1^T + b1) * mask) W2^T + b2)`` without the hidden tensor: ``tile`` of its channels at a time.
 
-    Partial sums are float32, whatever x is. The backward computes every tile again, so that it holds no more than the forward does.
+    Partial sums are float32, whatever x is. The backward computes every tile again, and holds four of them: values, activations, and the slopes of both.
     Differentiable in every floating-point argument.
 
     Args:

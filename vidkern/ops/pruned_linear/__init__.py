@@ -11,9 +11,10 @@ import importlib
 
 import torch
 
+from ... import cuda as kernels
 from ... import registry
 from ..launch import cpu_why_not, fill, triton_why_not
-from ..pruned import checks, compose
+from ..pruned import checks, compose, cuda
 from ..pruned.activations import width
 from ..pruned.index import ChannelIndex, resolve
 from ..pruned.plans import PlannedOp
@@ -123,6 +124,11 @@ OP = PlannedOp(
     allocate=_allocate,
     backends=(
         registry.Backend("cpu", lambda x, *rest: cpu_why_not(x), *_with("cpu")),
+        registry.Backend(
+            "cuda", lambda x, *rest: kernels.why_not(x) or cuda.why_not(x, rest[4]), *_with("cuda"), trust="require",
+            sources=kernels.declare(cuda),
+            description="CUDA kernels for float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 on",
+        ),
         registry.Backend(
             "triton", lambda x, *rest: triton_why_not(x), *_with("triton"), trust="warn", sources=("ops/pruned/triton.py",),
             description="Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on",

@@ -11,9 +11,10 @@ import math
 
 import torch
 
+from ... import cuda as kernels
 from ... import registry
 from ..launch import cpu_why_not, triton_why_not
-from ..pruned import checks
+from ..pruned import checks, cuda, cuda_grouped
 from ..pruned.compose import FLOAT, flat, vector
 from ..pruned.wants import INNER, OUTER, wanted
 from . import cost, reference
@@ -91,6 +92,12 @@ def _triton(outputs, x, weight, bias, sizes, act, wants, impl):
     _kit("triton_grouped").forward([flat(t) for t in x], [flat(t) for t in weight], bias, act, outputs[0], u)
 
 
+def _cuda(outputs, x, weight, bias, sizes, act, wants, impl):
+    u = outputs[1] if outputs[1].numel() else None
+    rows, weights = [flat(t) for t in x], [flat(t) for t in weight]
+    cuda_grouped.forward(rows, weights, bias, act, outputs[0], u, launch=kernels.launch)
+
+
 def _backward_with(name):
     """The products of the gradients, one layer after the other."""
 
@@ -133,6 +140,11 @@ OP = registry.Op(
     allocate=_allocate,
     backends=(
         registry.Backend("cpu", lambda x, *rest: cpu_why_not(x[0]), _cpu, _backward_with("cpu")),
+        registry.Backend(
+            "cuda", lambda x, *rest: kernels.why_not(x[0]) or cuda.why_not(x[0]), _cuda, _backward_with("cuda"), trust="require",
+            sources=kernels.declare(cuda, cuda_grouped),
+            description="CUDA kernels for float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 on",
+        ),
         registry.Backend(
             "triton", lambda x, *rest: triton_why_not(x[0]), _triton, _backward_with("triton"), trust="warn",
             sources=("ops/pruned/triton.py", "ops/pruned/triton_grouped.py"),
@@ -183,6 +195,8 @@ def pruned_linear_grouped(xs, weights, biases=None, *, act="none", impl=None):
     rows, sizes = [], []
     for i, (x, weight) in enumerate(zip(xs, weights)):
         bias = None if biases is None else biases[i]
+        if biases is not None and bias is None:
+            raise TypeError(f"layer {i}: bias: None, expected a tensor in each layer, or biases=None for none at all")
         try:
             tokens = checks.inputs(x, {"weight": weight}, {"bias": bias})
             if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
