@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ... import cuda as kernels
 from ... import registry
 from ..launch import TRITON_DTYPES, cpu_why_not, triton_why_not, unit_stride
-from . import plans
+from . import cuda, cuda_filters, cuda_stage, cuda_structures, plans
 
 
 def unit(parts):
@@ -48,6 +49,20 @@ def _triton_why_not(*args) -> str | None:
     return None
 
 
+def _cuda_why_not(*args) -> str | None:
+    """Why the CUDA kernels cannot serve these arguments of an op."""
+    parts = (p for arg in args for p in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    tensor = next(p for p in parts if isinstance(p, torch.Tensor))
+    return kernels.why_not(tensor) or cuda.why_not(*args)
+
+
+def _cuda(name: str):
+    def run(outputs, *args):
+        getattr(cuda, name)(outputs, *args, launch=kernels.launch)
+
+    return run
+
+
 def _triton(name: str):
     def run(outputs, *args):
         from . import triton
@@ -59,9 +74,14 @@ def _triton(name: str):
 
 def backends(why_not, cpu, cpu_backward, reference_run, reference_backward, *, triton: str):
     """The backends of a pyramid op. ``cpu`` and ``cpu_backward`` describe launches (see :func:`plans.planned`); ``triton`` names the
-    launcher in triton.py, that of the backward is called ``<triton>_backward``."""
+    launcher in triton.py and cuda.py, that of the backward is called ``<triton>_backward``."""
     return (
         registry.Backend("cpu", why_not, plans.planned(cpu), plans.planned(cpu_backward)),
+        registry.Backend(
+            "cuda", _cuda_why_not, _cuda(triton), _cuda(f"{triton}_backward"),
+            "CUDA kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on", "require",
+            kernels.declare(cuda, cuda_filters, cuda_stage, cuda_structures),
+        ),
         registry.Backend(
             "triton", _triton_why_not, _triton(triton), _triton(f"{triton}_backward"),
             "Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 on", "warn", ("ops/pyramid/triton.py",),
