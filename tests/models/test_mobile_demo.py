@@ -19,6 +19,7 @@ from vidkern.models.shared import Trainer, frechet, psnr
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "models/mobile_dit/records/ablation.json"
+DEMO = ROOT / "models/mobile_dit/records/demo.json"
 FILES = {"record.json", "table.md", "clips.png", "clips.gif", "kept.png", "report.html", "settings.json", "keep.json", "pool.pt", "teacher.pt",
          "recovered.pt", "distilled.pt", "hasty.pt"}
 
@@ -201,6 +202,18 @@ def test_the_pages_code_runs(tmp_path, monkeypatch):
     assert code
     for part in code:
         exec(compile(part, "docs/mobile.md", "exec"), namespace)
+
+
+def test_the_committed_run():
+    """The demo at its full length, one seed: as the code that ships makes it, and the page shows it to the letter."""
+    record, page = json.loads(DEMO.read_text()), (ROOT / "docs/mobile.md").read_text()
+    assert record["command"] == "vidkern demo mobile" and not record["quick"] and record["seed"] == 0
+    assert record["recipe"] == json.loads(json.dumps(dataclasses.asdict(runs.Recipe())))
+    assert re.search(r"<!-- demo table -->\n(.*)<!-- end demo -->", page, re.DOTALL).group(1) == report.markdown(record)
+    assert report.verdict(record) in " ".join(page.split())
+    rows = {(r["stage"], r["steps"], r["guidance"]): r for r in record["rows"]}
+    assert {stage for stage, *_ in rows} == {"teacher", "pruned", "recovered", "hasty", "distilled"}
+    assert len(rows) == len(record["rows"]) == 9
 
 
 def test_the_verdict_follows_the_numbers():
