@@ -55,7 +55,7 @@ def test_quick_is_one_block():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["no_such_op"], "op: 'no_such_op', expected one of grid_attention"),
+        (["no_such_op"], "op: 'no_such_op', expected one of attention_motion_flow, grid_attention"),
         (["grid_attention", "--shape", "Z"], "--shape: 'Z', expected one of A, B"),
         (["grid_attention", "--dtype", "int8"], "--dtype: 'int8', expected one of float32"),
         (["grid_attention", "--peers", "magic"], "--peers: 'magic', expected one of SDPA"),

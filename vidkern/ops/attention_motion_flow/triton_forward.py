@@ -137,7 +137,9 @@ def vote_kernel(
                     q_from, k_from, inside, seen, stride_qh, stride_kh, 0, chunks, per_head, dim, BLOCK_K, EVEN_K, BLOCK_M, BLOCK_N, UNIT, DOT
                 )
             lse = tl.load(lse_row + tl.cast(group, tl.int64) * n_pairs * size, mask=inside, other=0.0) * LOG2E
-            votes += tl.exp2(product * scale_log2 - lse[:, None])
+            # A log-sum-exp of 1e8 is rounded by several units: no probability is above 1 for that.
+            below = product * scale_log2 - lse[:, None]
+            votes += tl.exp2(tl.where(below > 0.0, 0.0, below))
         votes = tl.where(seen[None, :], votes, float("-inf"))
         best, where = fold_best(votes, tl.max(votes, 1), key, best, where)
 
