@@ -27,13 +27,13 @@ def add_arguments(parser):
     parser.add_argument("--soft", action="store_true", help="draw the expected displacement instead of the likeliest")
     parser.add_argument("--start", type=int, default=0, help="first frame (default: %(default)s)")
     parser.add_argument("--stride", type=int, help=f"take every so many frames (default: about {SECONDS} seconds for the tiny model, 1 for others)")
-    parser.add_argument("--frames", type=int, help="how many (default: 4 for the tiny model, 25 for others)")
+    parser.add_argument("--frames", type=int, help="how many, at least 2 (default: 4 for the tiny model, 25 for others)")
     parser.add_argument("--size", help="HEIGHTxWIDTH that the model sees (default: 64x80 for the tiny model, its own for others)")
 
 
 def run(args):
     """Run the command; returns the exit status. Raises UserError for what the user can mend."""
-    for name, least in (("start", 0), ("stride", 1), ("frames", 1), ("block", 0)):
+    for name, least in (("start", 0), ("stride", 1), ("frames", 2), ("block", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: expected at least {least}")
     if not 0 < args.tau < math.inf:
@@ -42,7 +42,7 @@ def run(args):
         raise UserError(f"{args.video}: no such file, expected a video")
     size = None if args.size is None else parse_size(args.size)
     out = prepare_folder(args.out)
-    read = of_pipeline if args.model else of_tiny
+    read = of_tiny if args.model is None else of_pipeline
     frames, flow, what = read(args, size)
     pictures.sheet(frames, flow, out / "motion.png", f"{Path(args.video).name}, {what}")
     pictures.movie(frames, flow, out / "motion.mp4")
@@ -58,7 +58,7 @@ def run(args):
 def parse_size(text):
     """(height, width) of "HEIGHTxWIDTH"."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 64x80")
     return int(parts[0]), int(parts[1])
 
@@ -81,6 +81,8 @@ def of_tiny(args, size):
     rate = float(read_video(args.video, start=args.start, max_frames=1, size=size).fps)
     clip, shown = clip_of(args, size, frames, args.stride or max(1, round(SECONDS * rate)))
     recipe, folder = runs.Recipe(), runs.user_folder()
+    if args.block is not None and args.block >= recipe.blocks:      # before a training of minutes
+        raise UserError(f"--block {args.block}: expected 0 to {recipe.blocks - 1} for the tiny model")
     if not (folder / recipe.name(0)).is_file():
         print(f"training the tiny model once, some minutes; it is kept as {folder / recipe.name(0)} (Ctrl-C stops, the next call continues)", flush=True)
     adapter = TinyAdapter(runs.model_of(recipe, 0, folder))
@@ -88,10 +90,6 @@ def of_tiny(args, size):
         block = runs.choose_block(adapter, runs.probes(recipe, 0), args.tau)[1][0].block
     else:
         block = args.block
-        try:
-            adapter.check_blocks("--block", (block,))
-        except ValueError as error:
-            raise UserError(str(error)) from error
     flow = runs.flow_of(adapter, clip * 2 - 1, block, "soft" if args.soft else "hard", args.tau)
     return shown, pictures.square(flow, adapter.grid(clip[None])), f"block {block} of the tiny model"
 
@@ -112,6 +110,6 @@ def of_pipeline(args, size):
         if isinstance(error, UserError):
             raise
         raise UserError(f"--model {args.model}: {error}") from error
-    step = max(1, transfer.pipe.vae_scale_factor_temporal)
+    step = transfer.pipe.vae_scale_factor_temporal * transfer.temporal_patch()
     index = [min(i * step, len(shown) - 1) for i in range(len(flow))]
     return shown[index], flow, f"block {block} of {args.model}"

@@ -1,10 +1,23 @@
 """Settings of motion guidance, with the published ones by name (DiTFlow, arXiv 2412.07776)."""
 
 import dataclasses
+import math
+import numbers
+import sys
+
+from vidkern.ops.attention_motion_flow.pairs import pairs_key
 
 OPTIMISED = ("latent", "positions", "none")
 SIGNALS = ("amf", "smm", "moft")
 HEADS = ("logit_mean", "prob_mean", "qk_mean", "none")
+
+
+def _whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +54,27 @@ class GuidanceConfig:
         for name, allowed in (("optimise", OPTIMISED), ("signal", SIGNALS), ("heads", HEADS), ("compat", (None, "ditflow"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {allowed}")
+        for name in ("blocks", "inject"):
+            blocks = getattr(self, name)
+            if not isinstance(blocks, tuple) or not all(_whole(block) and block >= 0 for block in blocks):
+                raise ValueError(f"{name}={blocks!r}: expected a tuple of block numbers from 0 on, such as (20,)")
         if not self.blocks:
             raise ValueError("blocks=(): expected at least one guidance block")
-        if not 0 <= self.share <= 1:
+        for name in ("threshold", "checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False")
+        pairs_key(self.pairs, sys.maxsize)      # raises for what is none of its forms; whether the frames exist is seen with the latents
+        if not _number(self.tau) or not 0 < self.tau < math.inf:
+            raise ValueError(f"tau={self.tau!r}: expected a positive number")
+        if not _number(self.share) or not 0 <= self.share <= 1:
             raise ValueError(f"share={self.share!r}: expected a share of the steps, 0 to 1")
-        if isinstance(self.updates, bool) or not isinstance(self.updates, int) or self.updates < 1:
+        if not _whole(self.updates) or self.updates < 1:
             raise ValueError(f"updates={self.updates!r}: expected at least 1")
-        if len(self.lr) != 2 or not all(0 < rate < float("inf") for rate in self.lr):
+        if not isinstance(self.lr, (tuple, list)) or len(self.lr) != 2 or not all(_number(rate) and 0 < rate < math.inf for rate in self.lr):
             raise ValueError(f"lr={self.lr!r}: expected two positive rates, of the first guided step and of the one after the last")
-        if not 0 < self.channels <= 1:
+        if not _number(self.channels) or not 0 < self.channels <= 1:
             raise ValueError(f"channels={self.channels!r}: expected a share of the channels, above 0 and up to 1")
-        if self.loss_scale is not None and not 1 <= self.loss_scale < float("inf"):
+        if self.loss_scale is not None and not (_number(self.loss_scale) and 1 <= self.loss_scale < math.inf):
             raise ValueError(f"loss_scale={self.loss_scale!r}: expected None or at least 1")
 
     def guided(self, steps):

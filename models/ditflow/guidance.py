@@ -22,13 +22,28 @@ from vidkern._files import replacing
 
 from . import losses
 from .config import GuidanceConfig
+from .probe import check_frames
 from .taps import HIDDEN, KV, QK
 
 OVERFLOW = 16.0      # what the loss scale is divided by when gradients overflow
 
 
+def writable(path):
+    """`path` as a Path, in a folder that exists (it is made) and takes files; ValueError otherwise."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise ValueError(f"rescue={str(path)!r}: cannot be written ({error.strerror or error}), expected a file that can be made") from error
+
+
 class GuidanceStopped(FloatingPointError):
-    """Gradients of a guided step are not finite. Has `.step`, `.latents` (before that step) and `.path`, the file that holds both."""
+    """Gradients of a guided step are not finite. Has `.step`, `.latents` (before that step) and `.path`, the file that holds both, or None where it
+    could not be written."""
 
     def __init__(self, message, step, latents, path):
         super().__init__(message)
@@ -54,12 +69,13 @@ class MotionGuidance:
         config: `GuidanceConfig`.
         add_noise: function (clean latent, noise, t) -> latent at time t; needed when `config.inject` is not empty.
         tables: {t: table} of an earlier run (`load`), injected at the same times without optimisation.
-        rescue: file for the latents when gradients are not finite; None: one in the system's folder for temporary files.
+        rescue: file for the latents when gradients are not finite, in a folder that is made if need be; None: one in the system's folder for
+            temporary files.
 
     Attributes: reference; tables, the {t: table} that this run has optimised; history, one dict per guided step with its losses.
 
     Raises:
-        ValueError: blocks that the transformer does not have.
+        ValueError: blocks that the transformer does not have, or a `rescue` that cannot be written.
     """
 
     def __init__(self, adapter, config=GuidanceConfig(), *, add_noise=None, tables=None, rescue=None):
@@ -67,7 +83,8 @@ class MotionGuidance:
         adapter.check_blocks("inject", config.inject)
         if config.inject and config.share and add_noise is None:
             raise ValueError(f"add_noise=None: expected a function (latent, noise, t) -> latent, for inject={config.inject}")
-        self.adapter, self.config, self.add_noise, self.given, self.rescue = adapter, config, add_noise, tables, rescue
+        self.rescue = None if rescue is None else writable(rescue)
+        self.adapter, self.config, self.add_noise, self.given = adapter, config, add_noise, tables
         self.reference, self.tables, self.history, self.timesteps = None, {}, [], ()
 
     def __enter__(self):
@@ -85,8 +102,12 @@ class MotionGuidance:
         """Read the motion of a clean latent [1, ...] at time t (0: no noise), and remember it. Returns a `MotionReference`.
 
         Blocks after the last guidance block are not run.
+
+        Raises:
+            ValueError: more than one video, or one frame of patches.
         """
         self._one("latents", latents)
+        check_frames("latents", latents, self.adapter.grid(latents))
         found = self.adapter.features(latents, t, condition, self._wanted())
         grid, where = self.adapter.grid(latents), self._text(condition)
         flows = {b: losses.flow_of(*pair, self.config, grid, **where) for (b, kind), pair in found.items() if kind == QK}
@@ -112,6 +133,7 @@ class MotionGuidance:
         if len(set(self.timesteps)) != len(self.timesteps):
             raise ValueError("timesteps: the same one twice, expected each once (their number says which steps are guided)")
         self._one("noise", noise)
+        self._of_these_blocks(reference)
         self.noise, self.condition = noise.detach(), condition
         self.reference = reference or self.reference
         self.rates = self.config.rates(len(self.timesteps))
@@ -124,6 +146,17 @@ class MotionGuidance:
         self.tables, self.history, self._table, self._channels = {}, [], None, {}
         self._scale = self.config.loss_scale or (65536.0 if self.adapter.dtype == torch.float16 else 1.0)
         self.adapter.disarm()
+
+    def _of_these_blocks(self, reference):
+        """Raise ValueError unless `reference`, if there is one, was read from the blocks of this guide and with its signal."""
+        config = self.config
+        if reference is None or self.given is not None or config.optimise == "none":
+            return      # its latents at most are used
+        kept = {"flows": tuple(reference.flows), "hidden": tuple(reference.hidden)}
+        needed = "flows" if config.signal == "amf" else "hidden"
+        if set(config.blocks) - set(kept[needed]):
+            has = " and ".join(f"{name} of blocks {blocks}" for name, blocks in kept.items() if blocks) or "neither flows nor hidden"
+            raise ValueError(f"reference: has {has}, expected {needed} of blocks {config.blocks}, for signal={config.signal!r}")
 
     def end(self):
         """Back to the model as it is."""
@@ -162,6 +195,8 @@ class MotionGuidance:
 
     def _optimised(self, z, t, index, values):
         """(z, table or None) after the Adam steps of one guided step."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("step: called inside torch.inference_mode(), which has no gradients, expected torch.no_grad()")
         latent = self.config.optimise == "latent"
         if latent:
             leaf = z.detach().float().clone()
@@ -217,11 +252,15 @@ class MotionGuidance:
         return torch.stack(parts).mean()
 
     def _stop(self, z, t, index, update, loss):
-        path = Path(self.rescue or Path(tempfile.gettempdir()) / f"vidkern-motion-{os.getpid()}.pt")
-        with replacing(path) as fresh:
-            torch.save({"step": index, "t": float(t), "latents": z.detach().cpu()}, fresh)
+        path = self.rescue or Path(tempfile.gettempdir()) / f"vidkern-motion-{os.getpid()}.pt"
+        try:
+            with replacing(path) as fresh:
+                torch.save({"step": index, "t": float(t), "latents": z.detach().cpu()}, fresh)
+            where = f"are in {path}"
+        except (OSError, RuntimeError) as error:      # torch.save raises either
+            where, path = f"are this error's .latents ({path} cannot be written: {str(error).splitlines()[0]})", None
         raise GuidanceStopped(f"guided step {index} (t={float(t):g}, update {update}): gradient or loss ({loss:g}) is not finite; the latents before it"
-                              f" are in {path}; lower lr={self.config.lr} or share={self.config.share}", index, z.detach(), path)
+                              f" {where}; lower lr={self.config.lr} or share={self.config.share}", index, z.detach(), path)
 
     # ---- tables ----------------------------------------------------------------------------------------------------------------------------
     def save(self, path):

@@ -23,6 +23,12 @@ class BlockScore:
     hits: float
 
 
+def check_frames(name, latents, grid):
+    """Raise ValueError unless latents of this grid (F, h, w) have frames to move between."""
+    if grid[0] < 2:
+        raise ValueError(f"{name}: shape {tuple(latents.shape)} has {grid[0]} frames of patches, expected at least 2")
+
+
 def known_flow(grid, motion):
     """(flow [F * F, S, 2], inside [F * F, S]) of content that moves by motion = (x, y) patches from each frame to the next; inside: where it can be
     seen in both frames, pairs (i, i) left out."""
@@ -49,6 +55,9 @@ def score_blocks(adapter, clips, *, condition=None, t=0, config=GuidanceConfig()
 
     Returns:
         a list of `BlockScore`, best correlation first.
+
+    Raises:
+        ValueError: blocks that do not exist, or clips that do not move or have one frame of patches.
     """
     blocks = tuple(range(adapter.n_blocks)) if blocks is None else tuple(blocks)
     adapter.check_blocks("blocks", blocks)
@@ -58,6 +67,7 @@ def score_blocks(adapter, clips, *, condition=None, t=0, config=GuidanceConfig()
     found = {block: ([], [], [], []) for block in blocks}
     for latents, motion in clips:
         grid = adapter.grid(latents)
+        check_frames("clips", latents, grid)
         truth, inside = known_flow(grid, motion)
         taps = adapter.features(latents, t, condition, {block: (QK,) for block in blocks})
         for (block, _), pair in taps.items():

@@ -1,19 +1,39 @@
 """Motion guidance of diffusers transformers and pipelines, tiny and random: taps, tables, injection, early exit, whole transfers, refusals."""
 
 import copy
+import dataclasses
 from unittest import mock
 
 import diffusers
 import pytest
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
+from vidkern.cli import main
+from vidkern.data import write_video
 from vidkern.integrations.diffusers import MotionTransferPipeline, enable_vidkern, motion_adapter, noise_function
 from vidkern.integrations.diffusers.motion_pipeline import without_corrector
-from vidkern.models.ditflow import GuidanceConfig, GuidanceStopped, MotionGuidance, load_tables, losses
+from vidkern.models.ditflow import GuidanceConfig, GuidanceStopped, MotionGuidance, load_tables, losses, pictures
 
-NAMES = ["cogvideox-2b", "cogvideox-5b", "wan"]
-TEXT = {"cogvideox-2b": 5, "cogvideox-5b": 5, "wan": 0}
+NAMES = ["cogvideox-2b", "cogvideox-5b", "cogvideox-1.5", "wan"]
+TEXT = {"cogvideox-2b": 5, "cogvideox-5b": 5, "cogvideox-1.5": 5, "wan": 0}
 CONFIG = GuidanceConfig(blocks=(1,), lr=(0.02, 0.01), share=0.5, updates=2)
+
+
+@pytest.fixture
+def tiny(tiny):
+    """The shared ``tiny``, and CogVideoX 1.5: two latent frames in a frame of patches, of which there are as many as the others have."""
+    def make(name, **kwargs):
+        if name != "cogvideox-1.5":
+            return tiny(name, **kwargs)
+        model, inputs = tiny("cogvideox-5b", **{"frames": 8, "patch_size_t": 2, "patch_bias": False, **kwargs})
+        rows, columns = (side // 2 for side in inputs["hidden_states"].shape[-2:])
+        frames = inputs["hidden_states"].shape[1] // 2
+        rope = get_3d_rotary_pos_embed(16, None, (rows, columns), frames, grid_type="slice", max_size=(rows, columns))
+        return model, inputs | {"image_rotary_emb": rope}
+
+    return make
 
 
 @pytest.fixture
@@ -123,8 +143,9 @@ def test_gradients_reach_latent_and_tables_also_with_checkpointing(name, adapted
 
 def test_the_grid_of_a_latent(adapted):
     for name in NAMES:
-        adapter, z, _ = adapted(name, frames=3, height=8, width=4)
-        assert adapter.grid(z) == (3, 4, 2)
+        frames = 6 if name == "cogvideox-1.5" else 3
+        adapter, z, _ = adapted(name, frames=frames, height=8, width=4)
+        assert z.shape[2 if name == "wan" else 1] == frames and adapter.grid(z) == (3, 4, 2)
     adapter, z, _ = adapted("wan", frames=4, patch_size=(2, 1, 2))
     assert adapter.grid(z) == (2, 4, 3)
 
@@ -157,6 +178,31 @@ def test_fused_projections(adapted):
         fused = motion_adapter(model).features(z, 500, condition, {1: ("qk",)})[1, "qk"]
         for a, b in zip(stock, fused):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_models_as_they_are_loaded(name, dtype, adapted, tmp_path):
+    """`from_pretrained` keeps some parameters in fp32, in Wan the very first."""
+    adapter, z, condition = adapted(name)
+    adapter.remove()
+    adapter.model.save_pretrained(tmp_path)
+    made = {}
+    for kind in (torch.float32, dtype):
+        model = type(adapter.model).from_pretrained(tmp_path, torch_dtype=kind).eval()
+        loaded = motion_adapter(model)
+        assert loaded.dtype == kind
+        for optimise in ("latent", "positions"):
+            guide = MotionGuidance(loaded, dataclasses.replace(CONFIG, optimise=optimise), add_noise=lambda clean, noise, t: 0.5 * (clean + noise))
+            guide.extract(z.flip(-1).to(kind), condition)
+            guide.begin([900, 500], noise=z.to(kind), condition=condition)
+            out = guide.step(z.to(kind), 900)
+            assert out.dtype == kind and out.isfinite().all() and torch.equal(out, z.to(kind)) == (optimise == "positions")
+            assert loaded.forward(out, 900, condition).dtype == kind      # with the table and the injected values
+            made[kind, optimise] = guide.history[0]["losses"]
+    for optimise in ("latent", "positions"):
+        assert made[dtype, optimise] == pytest.approx(made[torch.float32, optimise], rel=0.2)
+    assert name != "wan" or next(model.parameters()).dtype == torch.float32      # what this is about
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------------------------------------------
@@ -315,7 +361,8 @@ def test_reading_the_motion_of_a_clip(pipe):
     for name in NAMES:
         whole = pipe(name)
         ref = MotionTransferPipeline(whole, CONFIG).extract(VIDEO, **SOURCE, generator=torch.Generator().manual_seed(0))
-        assert ref.grid == (4, 2, 3) and ref.flows[1].shape == (16, 6, 2) and ref.flows[1].abs().max() > 0
+        frames = 2 if name == "cogvideox-1.5" else 4
+        assert ref.grid == (frames, 2, 3) and ref.flows[1].shape == (frames**2, 6, 2) and ref.flows[1].abs().max() > 0
 
 
 def test_clips_that_do_not_fit_are_told(pipe):
@@ -335,6 +382,105 @@ def test_clips_that_do_not_fit_are_told(pipe):
         MotionTransferPipeline(whole, GuidanceConfig(blocks=(5,)))
 
 
+@pytest.mark.parametrize("name, least", [("cogvideox-5b", 5), ("cogvideox-1.5", 9), ("wan", 5)])
+def test_clips_that_are_too_short_are_told(name, least, pipe):
+    transfer = MotionTransferPipeline(pipe(name), CONFIG)
+    for frames in (0, 1, least - 1):
+        with pytest.raises(ValueError, match=f"video: {frames} frames, expected at least {least}, for two frames of patches"):
+            transfer.encode_video(VIDEO[:frames])
+    assert transfer.extract(VIDEO[:least], **SOURCE).grid[0] == 2
+    frames = transfer(VIDEO[:least], **SOURCE, **options(num_inference_steps=2)).frames
+    assert torch.as_tensor(frames).isfinite().all()
+
+
+# ---- callbacks -------------------------------------------------------------------------------------------------------------------------------
+class Listening(PipelineCallback):
+    tensor_inputs = ["negative_prompt_embeds"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        self.__dict__.setdefault("seen", []).append(sorted(callback_kwargs))
+        return callback_kwargs
+
+
+@pytest.mark.parametrize("name", ["cogvideox-5b", "wan"])
+def test_callbacks_get_what_they_ask_for_and_change_what_the_pipeline_lets_them(name, pipe):
+    transfer, seen = MotionTransferPipeline(pipe(name), CONFIG), []
+
+    def call(callback, **more):
+        return transfer(VIDEO, **SOURCE, **options(), callback_on_step_end=callback, **more).frames
+
+    def hears(change=None):
+        def callback(pipe, index, t, values):
+            seen.append(sorted(values))
+            return change(values) if change else values
+        return callback
+
+    plain = call(None)
+    assert torch.equal(call(hears()), plain) and seen == [["latents"]] * 4
+    for asked in (["prompt_embeds"], ["negative_prompt_embeds", "latents"], []):
+        del seen[:]
+        assert torch.equal(call(hears(), callback_on_step_end_tensor_inputs=asked), plain) and seen == [sorted(asked)] * 4
+    zeros = hears(lambda values: {"prompt_embeds": torch.zeros_like(values["prompt_embeds"])})
+    assert not torch.equal(call(zeros, callback_on_step_end_tensor_inputs=["prompt_embeds"]), plain)
+    assert not torch.equal(call(hears(lambda values: {"latents": values["latents"] + 1})), plain)
+    one, two = Listening(), Listening()
+    assert torch.equal(call(one), plain) and one.seen == [["negative_prompt_embeds"]] * 4
+    assert torch.equal(call(MultiPipelineCallbacks([one, two]), callback_on_step_end_tensor_inputs=["latents"]), plain)
+    assert two.seen == [["negative_prompt_embeds"]] * 4
+
+
+# ---- what is not served ----------------------------------------------------------------------------------------------------------------------
+def ddpm():
+    return diffusers.DDPMPipeline(diffusers.UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=2, layers_per_block=1,
+                                                        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2),
+                                  diffusers.DDPMScheduler())
+
+
+def test_other_kinds_of_pipelines_are_told(pipe, tmp_path, capsys):
+    whole = pipe("cogvideox-5b")
+    parts = dict(tokenizer=None, text_encoder=None, vae=whole.vae, transformer=whole.transformer, scheduler=whole.scheduler)
+    write_video(tmp_path / "clip.mp4", VIDEO, 8)
+    for other in (ddpm(), diffusers.CogVideoXImageToVideoPipeline(**parts), diffusers.CogVideoXVideoToVideoPipeline(**parts)):
+        name = type(other).__name__
+        told = f"pipe: {name}, expected CogVideoXPipeline or WanPipeline"
+        with pytest.raises(TypeError, match=told):
+            MotionTransferPipeline(other, CONFIG)
+        other.save_pretrained(tmp_path / name)
+        with mock.patch.object(diffusers.DiffusionPipeline, "from_pretrained", side_effect=AssertionError("weights were fetched")):
+            assert main(["motion", str(tmp_path / "clip.mp4"), "--model", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and told in error[0]
+    assert main(["motion", str(tmp_path / "clip.mp4"), "--model", "", "--out", str(tmp_path / "out")]) == 2      # not the tiny model
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("vidkern: error: --model")
+
+    class Derived(diffusers.CogVideoXPipeline):
+        pass
+
+    MotionTransferPipeline(Derived(**parts), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["cogvideox-5b", "wan"])
+def test_more_than_one_video_is_told(name, pipe):
+    transfer, two = MotionTransferPipeline(pipe(name), CONFIG), torch.cat((embeds(1), embeds(2)))
+    for changes, part in (
+        ({"prompt_embeds": two, "negative_prompt_embeds": two}, "prompt_embeds: 2 prompts, expected one"),
+        ({"negative_prompt_embeds": two}, "negative_prompt_embeds: 2 prompts, expected one"),
+        ({"source_prompt_embeds": two}, "source_prompt_embeds: 2 prompts, expected one"),
+        ({"generator": [torch.Generator()]}, "generator: list, expected one torch.Generator"),
+        ({"num_videos_per_prompt": 2}, "num_videos_per_prompt=2: expected 1"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            transfer(VIDEO, **{**SOURCE, **options(**changes)})
+    assert torch.equal(transfer(VIDEO, **SOURCE, **options(num_videos_per_prompt=1)).frames, transfer(VIDEO, **SOURCE, **options()).frames)
+    transfer.pipe.tokenizer = mock.Mock(side_effect=AssertionError("tokenised"))
+    for prompt, part in ((["a fox", "a hen"], "prompt: 2 prompts, expected one"), (None, "prompt=None: expected a prompt, or prompt_embeds")):
+        with pytest.raises(ValueError, match=part):
+            transfer(VIDEO, prompt, **{**SOURCE, **options(prompt_embeds=None)})
+    with pytest.raises(ValueError, match="source_prompt: 2 prompts"):
+        transfer.extract(VIDEO, source_prompt=["a fox", "a hen"])
+
+
 def test_a_second_transformer_is_not_guided(pipe):
     whole = pipe("wan")
     whole.register_to_config(boundary_ratio=0.95)
@@ -346,9 +492,6 @@ def test_a_second_transformer_is_not_guided(pipe):
 def test_the_command_reads_a_saved_pipeline(name, pipe, tmp_path, capsys):
     import numpy as np
 
-    from vidkern.cli import main
-    from vidkern.data import write_video
-
     pipe(name).save_pretrained(tmp_path / "model")
     write_video(tmp_path / "clip.mp4", VIDEO, 8)
     out = tmp_path / "out"
@@ -359,3 +502,16 @@ def test_the_command_reads_a_saved_pipeline(name, pipe, tmp_path, capsys):
     assert "no published guidance block for 2 blocks" in capsys.readouterr().err
     assert main(["motion", str(tmp_path / "clip.mp4"), "--model", str(tmp_path / "nothing"), "--out", str(out)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name, wanted", [("cogvideox-5b", [0, 4, 8, 12]), ("cogvideox-1.5", [0, 8]), ("wan", [0, 4, 8, 12])])
+def test_the_flow_is_drawn_on_the_frames_that_it_belongs_to(name, wanted, pipe, tmp_path, monkeypatch):
+    """A frame of patches stands for four frames of the clip, for eight in CogVideoX 1.5."""
+    pipe(name).save_pretrained(tmp_path / "model")
+    write_video(tmp_path / "clip.mp4", torch.linspace(0, 1, 13).view(13, 1, 1, 1).expand(13, 3, 32, 48), 8)      # brighter and brighter
+    drawn = []
+    monkeypatch.setattr(pictures, "sheet", lambda frames, flow, *rest: drawn.append((frames.mean((1, 2, 3)) * 12, flow)))
+    monkeypatch.setattr(pictures, "movie", lambda *args: None)
+    assert main(["motion", str(tmp_path / "clip.mp4"), "--model", str(tmp_path / "model"), "--block", "1", "--frames", "13", "--size", "32x48",
+                 "--out", str(tmp_path / "out")]) == 0
+    assert drawn[0][0].round().tolist() == wanted and drawn[0][1].shape == (len(wanted), len(wanted), 2, 3, 2)

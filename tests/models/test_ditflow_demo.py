@@ -1,5 +1,6 @@
 """`vidkern demo ditflow` and `vidkern motion`: quick runs end to end, continuation, errors, the committed record and the page that shows it."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -163,16 +164,23 @@ def test_the_command_draws_any_clip(tmp_path, capsys, small):
 
 
 @pytest.mark.parametrize("options, part", [
-    (["--frames", "0"], "--frames 0: expected at least 1"), (["--stride", "0"], "--stride 0"), (["--start", "-1"], "--start -1"),
+    (["--frames", "1"], "--frames 1: expected at least 2"), (["--stride", "0"], "--stride 0"), (["--start", "-1"], "--start -1"),
     (["--tau", "0"], "--tau 0.0: expected a positive number"), (["--size", "64"], "--size 64: expected HEIGHTxWIDTH"),
     (["--size", "30x40"], "--size 30x40: expected multiples of 4"), (["--block", "-1"], "--block -1: expected at least 0"),
-    (["--block", "9"], "block 9, expected 0 to 3"), (["--start", "120", "--stride", "9"], "expected 4; lower --frames or --stride"),
+    (["--block", "4"], "--block 4: expected 0 to 3"), (["--size", "²x40"], "--size ²x40: expected HEIGHTxWIDTH"), (["--start", "120", "--stride", "9"], "expected 4; lower --frames or --stride"),
     (["--start", "900"], "start=900"), (["--out", "/proc/none"], "--out /proc/none: cannot be written")])
 def test_bad_options_are_one_line_errors(tmp_path, capsys, small, options, part):
     torch.save(TinyAdapter(small.model()).model.state_dict(), runs.user_folder() / small.name(0))
     assert main(["motion", str(bundled_clip("bunny")), "--out", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("vidkern: error: ") and part in error[0]
+
+
+def test_a_block_that_is_not_there_is_told_before_training(tmp_path, capsys, small, monkeypatch):
+    monkeypatch.setattr(runs, "model_of", lambda *args: pytest.fail("trained"))
+    assert main(["motion", str(bundled_clip("bunny")), "--out", str(tmp_path / "out"), "--block", "99"]) == 2
+    told = capsys.readouterr()
+    assert "--block 99: expected 0 to 3 for the tiny model" in told.err and "training" not in told.out
 
 
 def test_clips_and_options_that_are_not_there(tmp_path, capsys, small):
@@ -208,6 +216,11 @@ def test_the_pages_code_runs(tmp_path, monkeypatch):
     for part in code:
         if "from_pretrained" not in part:
             exec(compile(part, "docs/ditflow.md", "exec"), namespace)
+            continue
+        names = {node.id for node in ast.walk(ast.parse(part)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        given = {}
+        exec("\n".join(line for line in part.splitlines() if line.startswith(("import ", "from "))), given)
+        assert names - set(given) <= {"transfer", "reference"}      # not run: it fetches a model; it imports what it uses
 
 
 def test_windows_of_probes_move_as_stated():

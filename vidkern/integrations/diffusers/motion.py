@@ -93,6 +93,11 @@ class DiffusersAdapter(Adapter):
             module.set_processor(processor)
         self._hooks = [block.register_forward_hook(self._after(i)) for i, block in enumerate(self.blocks)]
 
+    @property
+    def dtype(self):
+        """diffusers' own word for it: the first parameters may be among those that it keeps in fp32."""
+        return self.model.dtype
+
     def _after(self, index):
         def hook(block, args, output):
             self.taps.output(index, output[0] if isinstance(output, tuple) else output)

@@ -15,6 +15,14 @@ from .motion import CogVideoXAdapter, motion_adapter
 # Published guidance blocks, by number of blocks of the transformer.
 PRESETS = {42: cogvideox_5b, 30: cogvideox_2b}
 WAN_PRESETS = {40: wan_14b, 30: wan_1_3b}
+PIPELINES = ("CogVideoXPipeline", "WanPipeline")
+
+
+def check_pipeline(name, kind):
+    """Raise TypeError unless `kind`, a class of this name or None, is one of `PIPELINES` or derived from one."""
+    diffusers = import_extra("diffusers", "motion transfer")
+    if kind is None or not issubclass(kind, tuple(getattr(diffusers, known) for known in PIPELINES)):
+        raise TypeError(f"pipe: {name}, expected {' or '.join(PIPELINES)}")
 
 
 def noise_function(scheduler):
@@ -57,10 +65,12 @@ class MotionTransferPipeline:
     Attributes: pipe; guide, the `MotionGuidance` of the last call, with its reference, tables and history.
 
     Raises:
-        TypeError: a transformer without adapter. ValueError: a guidance block out of range, or no published settings for this size.
+        TypeError: another kind of pipeline, or a transformer without adapter. ValueError: a guidance block out of range, or no published settings
+        for this size.
     """
 
     def __init__(self, pipe, config=None):
+        check_pipeline(type(pipe).__name__, type(pipe))
         adapter = motion_adapter(pipe.transformer)      # raises for what is not supported
         adapter.remove()
         self.pipe, self.guide = pipe, None
@@ -77,8 +87,12 @@ class MotionTransferPipeline:
     @classmethod
     def from_pretrained(cls, name, config=None, **options):
         """The pipeline of a pretrained model, as ``DiffusionPipeline.from_pretrained(name, **options)`` loads it; saved parts may be missing."""
-        kind = import_extra("diffusers", "motion transfer").DiffusionPipeline
+        diffusers = import_extra("diffusers", "motion transfer")
+        kind = diffusers.DiffusionPipeline
         parts = kind.load_config(name, **{k: options[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in options})
+        named = parts.get("_class_name")
+        if not isinstance(named, (list, tuple)) and "custom_pipeline" not in options:
+            check_pipeline(named, getattr(diffusers, str(named), None))      # before weights are fetched
         missing = {part: None for part, home in parts.items() if isinstance(home, (list, tuple)) and list(home) == [None, None]}
         return cls(kind.from_pretrained(name, **{**missing, **options}), config)
 
@@ -87,10 +101,16 @@ class MotionTransferPipeline:
         """Clean latent of a clip [T, 3, H, W] (uint8, or floating in 0 .. 1), as the transformer takes it, [1, ...]; a sample of the posterior.
 
         Wan takes 4 k + 1 frames: frames at the end that do not fit are left out.
+
+        Raises:
+            ValueError: a shape, a size, or too few frames: motion needs two frames of patches.
         """
         pipe, vae = self.pipe, self.pipe.vae
         if getattr(video, "ndim", 0) != 4 or video.shape[1] != 3:
             raise ValueError(f"video: shape {tuple(getattr(video, 'shape', ()))}, expected [T, 3, H, W]")
+        latent_frames = 2 * self.temporal_patch() if self.wan else self.temporal_patch() + 1      # Wan leaves out what does not fill a patch; CogVideoX fills it up
+        if len(video) < (least := (latent_frames - 1) * pipe.vae_scale_factor_temporal + 1):
+            raise ValueError(f"video: {len(video)} frames, expected at least {least}, for two frames of patches")
         x = video.float() / 255 if video.dtype == torch.uint8 else video.float()
         multiple = pipe.vae_scale_factor_spatial * self._patch()
         if x.shape[2] % multiple or x.shape[3] % multiple:
@@ -104,17 +124,29 @@ class MotionTransferPipeline:
             mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(latents) for v in (vae.config.latents_mean, vae.config.latents_std))
             return (latents - mean) / std
         latents = latents.permute(0, 2, 1, 3, 4) * pipe.vae_scaling_factor_image
-        missing = -latents.shape[1] % (pipe.transformer.config.patch_size_t or 1)
+        missing = -latents.shape[1] % self.temporal_patch()
         return torch.cat((latents[:, :1].expand(-1, missing, -1, -1, -1), latents), 1)     # the pipeline drops as many frames in front
 
     def _patch(self):
         size = self.pipe.transformer.config.patch_size
         return size if isinstance(size, int) else size[1]
 
+    def temporal_patch(self):
+        """Latent frames in a frame of patches: 2 for CogVideoX 1.5, 1 for the others."""
+        config = self.pipe.transformer.config
+        return config.patch_size[0] if self.wan else config.patch_size_t or 1
+
     def _embeds(self, what, prompt, embeds, **options):
         """(prompt embeddings, negative ones or None) on the pipeline's device."""
         if embeds is None and self.pipe.tokenizer is None:
             raise ValueError(f"{what}_embeds=None: expected embeddings, the pipeline has no tokenizer")
+        if embeds is None and prompt is None:
+            raise ValueError(f"{what}=None: expected a prompt, or {what}_embeds")
+        given = {what: None if embeds is not None or isinstance(prompt, str) else prompt, f"{what}_embeds": embeds,
+                 "negative_prompt_embeds": options.get("negative_prompt_embeds")}
+        for name, value in given.items():
+            if value is not None and len(value) != 1:
+                raise ValueError(f"{name}: {len(value)} prompts, expected one; call once for each")
         return self.pipe.encode_prompt(None if embeds is not None else prompt, prompt_embeds=embeds, device=self.pipe._execution_device, **options)
 
     def _condition(self, embeds, adapter, latents):
@@ -145,14 +177,17 @@ class MotionTransferPipeline:
     # ---- use -------------------------------------------------------------------------------------------------------------------------------
     def __call__(self, video=None, prompt=None, *, latents=None, source_prompt="", source_prompt_embeds=None, negative_prompt=None,
                  prompt_embeds=None, negative_prompt_embeds=None, num_frames=None, num_inference_steps=50, guidance_scale=7.0, generator=None,
-                 tables=None, rescue=None, callback_on_step_end=None, max_sequence_length=None, **options):
-        """Generate one video.
+                 tables=None, rescue=None, callback_on_step_end=None, callback_on_step_end_tensor_inputs=("latents",), max_sequence_length=None,
+                 num_videos_per_prompt=1, **options):
+        """Generate one video, for one prompt.
 
         Args:
             video: the reference, [T, 3, H, W]; its size and length are those of the result. latents: its clean latent instead (`encode_video`).
             prompt, negative_prompt, or their embeddings: of the result. source_prompt: of the reference, empty as published.
             num_frames: of the result, when it cannot be told from `latents`.
-            num_inference_steps, guidance_scale, generator, callback_on_step_end, options: of the pipeline.
+            num_inference_steps, guidance_scale, callback_on_step_end, callback_on_step_end_tensor_inputs, max_sequence_length, options: of the
+                pipeline. A callback is called before guidance acts, with the tensors that it names in ``tensor_inputs``, or else those named here.
+            generator: one, not a list. num_videos_per_prompt: 1, and no other.
             tables: of an earlier run with ``optimise="positions"`` (`load_tables`), injected without optimisation.
             rescue: see `MotionGuidance`.
 
@@ -160,11 +195,15 @@ class MotionTransferPipeline:
             what the pipeline returns.
 
         Raises:
-            ValueError: sizes, blocks, tables that do not fit. GuidanceStopped: gradients that are not finite.
+            ValueError: sizes, blocks, tables that do not fit, or more than one video. GuidanceStopped: gradients that are not finite.
         """
         pipe, device = self.pipe, self.pipe._execution_device
         if (video is None) == (latents is None):
             raise ValueError(f"video, latents: {'both' if video is not None else 'neither'} given, expected one of them")
+        if num_videos_per_prompt != 1:
+            raise ValueError(f"num_videos_per_prompt={num_videos_per_prompt!r}: expected 1; call once for each video")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator: {type(generator).__name__}, expected one torch.Generator")
         longest = max_sequence_length or (512 if self.wan else 226)      # of the prompt, as the pipelines have it
         shared = {"max_sequence_length": longest, "num_videos_per_prompt": 1}
         guided = guidance_scale > 1
@@ -186,6 +225,7 @@ class MotionTransferPipeline:
         scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = scheduler.timesteps.clone()
         self._check_boundary(timesteps)
+        asked = tuple(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs or ()))
         adapter = motion_adapter(pipe.transformer)
         config = self.config
         try:
@@ -200,16 +240,17 @@ class MotionTransferPipeline:
                 return pipe(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, latents=start, generator=generator,
                             height=clean.shape[-2] * factor, width=clean.shape[-1] * factor, num_frames=num_frames,
                             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, max_sequence_length=longest,
-                            callback_on_step_end=self._between(guide, timesteps, callback_on_step_end), **options)
+                            callback_on_step_end=self._between(guide, timesteps, callback_on_step_end, asked),
+                            callback_on_step_end_tensor_inputs=list(dict.fromkeys(("latents", *asked))), **options)
         finally:
             adapter.remove()
 
     @staticmethod
-    def _between(guide, timesteps, theirs):
-        """The pipeline's callback after step i: the user's own, then guidance for step i + 1."""
+    def _between(guide, timesteps, theirs, asked):
+        """The pipeline's callback after step i: the user's own, with the tensors `asked` for, then guidance for step i + 1."""
         def after(pipe, index, t, values):
             if theirs is not None:
-                values = {**values, **theirs(pipe, index, t, values)}
+                values = {**values, **theirs(pipe, index, t, {name: values[name] for name in asked})}
             if index + 1 < len(timesteps):
                 values["latents"] = guide.step(values["latents"], timesteps[index + 1])
             return values
