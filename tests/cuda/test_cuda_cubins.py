@@ -10,7 +10,6 @@ import pytest
 from vidkern import registry
 from vidkern.cuda import cubins, launcher
 
-ARCHS = ("80", "90", "100")
 STEMS = sorted(path.stem for path in (cubins.sources.folder() / "cuda").glob("*.cu"))
 
 
@@ -60,12 +59,11 @@ def test_a_source_compiles_without_cuda_headers(forward):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_source_compiles(arch, monkeypatch):
-    """What has compiled before is found in build/ by its content."""
+def test_every_source_compiles(monkeypatch):
+    """What has compiled before is found in build/ by its content. nvcc compiles the other architectures, in tests/executor."""
     monkeypatch.setenv("VIDKERN_CACHE", str(Path(__file__).parents[2] / "build" / "nvrtc"))
     with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda stem: cubins.kept(stem, (int(arch[:-1]), int(arch[-1])))[0], STEMS)
+        made = pool.map(lambda stem: cubins.kept(stem, (9, 0))[0], STEMS)
         assert all(holds_what_is_declared(stem, code) for stem, code in zip(STEMS, made))
 
 
