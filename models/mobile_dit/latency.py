@@ -90,10 +90,13 @@ def medians(calls, *, repeats=15, warm=3):
 def measure_latency(config, shape, text_length=77, *, batch=1, points=4, repeats=15, device="cpu", dtype=torch.float32, packed=False):
     """A `LatencyCost` measured on this machine for latents of `shape` (T, H, W): one-block models of `points` counts of each kind, in turn.
 
-    Counts run from one unit to the greatest of the configuration's. The base is what remains of a whole evaluation at full counts.
+    Counts run from one unit to the greatest of the configuration's; points: at least 2 (ValueError). The base is what remains of a whole
+    evaluation at full counts.
     """
     from .cutting import pack
 
+    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
+        raise ValueError(f"points={points!r}: expected an integer of at least 2, a slope needs two counts")
     most = {"heads": max(s.heads for s in config.blocks), "cross_heads": max(s.cross_heads for s in config.blocks),
             "hidden": max(s.hidden for s in config.blocks) // config.group}
     z = torch.randn(batch, config.channels, *shape, device=device, dtype=dtype)

@@ -8,14 +8,15 @@ import torch
 
 from ..shared.dit import patchify, unpatchify
 from ..shared.table_dit import TableDiT
+from .keep import MASK_OF, counts
 
 
 class MobileDiT(TableDiT):
     """Velocity (noise - data) of noised latents: ``model(z [B, C, T, H, W], sigma [B], text [B, S, text_dim])`` -> z's shape.
 
     sigma: noise time, 1 = noise. text_mask: bool [B, S], True = may be seen. masks: one dict per block, see `keep.masks_of` and
-    `keep.unit_masks`; not for packed models. capture, stop_after: see `VideoDiT`; captured hidden states are the residual stream
-    [B, T*H*W, dim] after a block. Text that is all zeros stands for no text (guidance).
+    `keep.unit_masks`; one number per unit, for all samples or for each; not for packed models. capture, stop_after: see `VideoDiT`;
+    captured hidden states are the residual stream [B, T*H*W, dim] after a block. Text that is all zeros stands for no text (guidance).
     """
 
     def forward(self, z, sigma, text, *, text_mask=None, masks=None, capture=(), stop_after=None, impl=None):
@@ -29,6 +30,8 @@ class MobileDiT(TableDiT):
         if masks is not None and len(masks) != len(self.blocks):
             raise ValueError(f"masks: {len(masks)} entries, expected one for each of {len(self.blocks)} blocks")
         B, C, T, H, W = z.shape
+        for b, found in enumerate(masks or ()):
+            _check_masks(b, found or {}, counts(config.blocks[b], config.group), B)
         patch, dtype = config.patch, self.embed.weight.dtype
         tokens = self.embed(patchify(z.transpose(1, 2)[:, None], patch).to(dtype))
         inputs = {"text": self.caption(text.to(dtype)), "text_mask": text_mask, "valid": None, "impl": impl, "masks": masks}
@@ -40,6 +43,17 @@ class MobileDiT(TableDiT):
         out = unpatchify(self.final(tokens, embedded), patch, (B, 1, T, config.out_channels or C, H, W))[:, 0].transpose(1, 2)
         out = out.to(z.dtype)
         return (out, self._checked(taps, wanted)) if wanted else out
+
+
+def _check_masks(block, masks, sizes, batch):
+    """Masks of one block: a number per unit, or per sample and unit; torch would broadcast some others."""
+    wanted = {"block": (), **{MASK_OF[level]: (n,) for level, n in sizes.items()}}
+    for name, mask in masks.items():
+        if name not in wanted:
+            raise ValueError(f"masks: block {block} has {name!r}, expected {', '.join(wanted)}")
+        size = wanted[name]
+        if mask is not None and tuple(mask.shape) not in (size, (1, *size), (batch, *size)):
+            raise ValueError(f"masks: {name} of block {block} has shape {tuple(mask.shape)}, expected {size} or {(batch, *size)}")
 
 
 def parameter_count(model):

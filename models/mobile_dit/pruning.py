@@ -8,8 +8,9 @@ def prune(model, *, budget=None, counts=None, calibration=None, how="auto", cost
           seed=0, trace=None, progress=False):
     """What to keep of a trained `MobileDiT` (a `Keep`, for `compact`).
 
-    budget: parameters, or with `cost` (a `LatencyCost`) milliseconds; a float of at most 1 is a share of the model's own cost. Numbers of heads
-    and channels then differ from block to block. Or counts: {"blocks", "heads", "hidden"} for the same numbers everywhere.
+    budget: parameters, where a float of at most 1 is a share of the model's own; or with `cost` (a `LatencyCost`) milliseconds, never a share:
+    0.5 is half a millisecond. Numbers of heads and channels then differ from block to block. Or counts: {"blocks", "heads", "hidden"} for the
+    same numbers everywhere.
     calibration: a `Calibration`; needed unless `how` is "magnitude" or "random". how: see `sensitivity.scores`. remeasure: score again on what
     is left, as often as `every` says. tie, protect_ends, trace: see `allocate`. Raises BudgetError for a budget that cannot be met.
     """

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vidkern.errors import UserError
 from vidkern.models.mobile_dit import (
     BudgetError, Calibration, Keep, KeepError, LatencyCost, LayoutError, MobileDiT, ParameterCost, Unit, allocate, compact, distance, load,
-    masks_of, measure_latency, parameter_count, prune, save, scores, select, unit_masks, units,
+    masks_of, measure_latency, pack, parameter_count, prune, save, scores, select, unit_masks, units,
 )
 from vidkern.models.mobile_dit.allocation import smallest
 from vidkern.models.mobile_dit.keep import keep_of
@@ -320,6 +320,7 @@ def test_a_budget_of_milliseconds(model, calibration, tmp_path):
     keep = prune(model, budget=0.6 * full, calibration=calibration, cost=table, trace=trace)
     used = table.total([(len(keep.heads[b]), len(keep.xheads[b]), 16 * len(keep.ffn[b])) for b in keep.blocks])
     assert used <= 0.6 * full and used == pytest.approx(trace[-1][1])
+    # Milliseconds, also below 1: no share of the model's own.
     with pytest.raises(BudgetError, match=r"budget=0.5: expected at least 5.0 milliseconds, the smallest that can be reached"):
         prune(model, budget=0.5, calibration=calibration, cost=table)
     table.save(tmp_path / "t.json")
@@ -333,6 +334,9 @@ def test_a_table_is_measured():
     assert table.base >= 0 and table.fixed >= 0 and [n for n, _ in table.tables["hidden"]] == [16, 64]
     assert all(a[1] <= b[1] for points in table.tables.values() for a, b in zip(points, points[1:]))
     assert table.total([(3, 3, 64)]) > 0
+    for points in (1, 0, 2.0, True):
+        with pytest.raises(ValueError, match=f"points={points}: expected an integer of at least 2"):
+            measure_latency(SMALL, (2, 2, 2), 3, points=points, repeats=1)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------------------------
@@ -371,9 +375,69 @@ def test_checkpoints_of_another_layout_are_refused(model, tmp_path):
         load(tmp_path / "text.safetensors", SMALL)
     with pytest.raises(LayoutError, match="none.safetensors: no such file"):
         load(tmp_path / "none.safetensors", SMALL)
-    os.unlink(tmp_path / "cut.keep.json")
-    with pytest.raises(LayoutError, match="cut.keep.json: no such file, expected the keep-list of cut.safetensors"):
-        load(path, SMALL)
+    for metadata in ({}, {"keep": "{"}, {"keep": "[]"}, {"keep": '{"blocks": 3}'}):
+        save_file(compact(model, keep).state_dict(), path, metadata={"format": "vidkern.mobile_dit/1", **metadata})
+        with pytest.raises(LayoutError, match="cut.safetensors: has no readable keep-list, expected one in its metadata"):
+            load(path, SMALL)
+
+
+def test_the_list_beside_a_file_is_for_readers(model, tmp_path):
+    keep, path = Keep((0, 3), {}, {}, {}, 16), tmp_path / "cut.safetensors"
+    cut = compact(model, keep)
+    save(cut, path, keep)
+    for text in (None, "{", '{"blocks": [0, 2]}'):
+        (tmp_path / "cut.keep.json").unlink(missing_ok=True)
+        if text:
+            (tmp_path / "cut.keep.json").write_text(text)
+        with pytest.warns(UserWarning, match="cut.keep.json: not the keep-list of cut.safetensors, which is read from cut.safetensors itself"):
+            again = load(path, SMALL)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), cut.parameters(), strict=True))
+
+
+def test_lists_of_another_model_are_not_saved(model, tmp_path):
+    """Counts of every named block, and what could not be read again."""
+    keep = Keep((0, 2, 3), {0: (1, 2), 3: (0,)}, {2: (2,)}, {0: (0, 3)}, 16)
+    cut = compact(model, keep)
+    for changes, message in (
+        ({"blocks": (0, 2)}, "keep: 2 blocks, expected the model's 3"), ({"blocks": (0, 3, 2)}, r"blocks: \[0, 3, 2\] is not sorted"),
+        ({"heads": {0: (1,), 3: (0,)}}, "keep: 1 heads of block 0, expected 2 as in block 0 of the model"),
+        ({"heads": {0: (1, 2), 3: ()}}, "keep: 0 heads of block 3, expected 1 as in block 2 of the model"),
+        ({"xheads": {2: (0, 1)}}, "keep: 2 xheads of block 2, expected 1 as in block 1 of the model"),
+        ({"ffn": {0: (0, 1, 3)}}, "keep: 3 ffn of block 0, expected 2 as in block 0 of the model"),
+        ({"group": 32}, "keep: ffn groups of 32 channels, expected the model's 16"),
+        ({"ffn": {1: (0, 3)}}, r"keep: ffn names block 1, expected one of the kept blocks \[0, 2, 3\]"),
+        ({"heads": {0: (2, 1)}}, r"heads of block 0: \[2, 1\] is not sorted"),
+    ):
+        with pytest.raises(KeepError, match=message):
+            save(cut, tmp_path / "cut.safetensors", dataclasses.replace(keep, **changes))
+    assert os.listdir(tmp_path) == []
+    save(pack(cut), tmp_path / "cut.safetensors", keep)
+
+
+@pytest.mark.parametrize("stopped", [1, 2])
+def test_a_stop_between_two_files_leaves_one_that_loads(model, tmp_path, monkeypatch, stopped):
+    """The old model or the new one, whole, wherever it happens."""
+    keeps = [Keep((0, 3), {}, {}, {}, 16), Keep((0, 2, 3), {0: (1,)}, {}, {}, 16)]
+    cuts, path, moves, rename = [compact(model, k) for k in keeps], tmp_path / "cut.safetensors", [], os.replace
+    save(cuts[0], path, keeps[0])
+
+    def failing(source, target):
+        if os.path.dirname(target) == str(tmp_path) and not os.path.basename(target).startswith("."):
+            moves.append(target)
+            if len(moves) >= stopped:
+                raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(KeyboardInterrupt):
+        save(cuts[1], path, keeps[1])
+    monkeypatch.undo()
+    if stopped == 1:
+        again, wanted = load(path, SMALL), cuts[0]
+    else:
+        with pytest.warns(UserWarning, match="not the keep-list of cut.safetensors"):
+            again, wanted = load(path, SMALL), cuts[1]
+    assert again.config == wanted.config and all(torch.equal(a, b) for a, b in zip(again.parameters(), wanted.parameters(), strict=True))
 
 
 def test_nothing_half_written(model, tmp_path, monkeypatch):

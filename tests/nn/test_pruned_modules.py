@@ -216,6 +216,197 @@ def test_another_layout_is_refused_and_nothing_is_written(tmp_path):
         model.load_state_dict(state)
 
 
+def parameters(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def unchanged(model, before):
+    return all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("fault", ["padding", "layout", "unreadable", "list"])
+def test_files_whose_last_module_is_wrong_change_nothing(tmp_path, fault):
+    """The file's own description fits and the tensors of one module do not: those before it are not loaded either."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path, model = tmp_path / "model.safetensors", Model()
+    save(model, path)
+    with safe_open(path, "pt") as file:
+        metadata, state = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}
+    if fault == "padding":
+        model = nn.Sequential(nn.Linear(3, 3), PrunedLinear(12, 12))
+        save(model, path)
+        with safe_open(path, "pt") as file:
+            metadata, state = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}
+        state["1.bias"][13] = 1.0
+    elif fault == "layout":
+        state["ffn._extra_state"] = Model(groups=(0, 2)).ffn.get_extra_state()
+    elif fault == "unreadable":
+        state["ffn._extra_state"] = torch.tensor([0.5, 300.0])
+    else:
+        state["ffn.keep"] = torch.tensor([0, 2], dtype=torch.int32)
+    save_file(state, path, metadata=metadata)
+    other = copy.deepcopy(model)
+    other.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    before = parameters(other)
+    message = {
+        "padding": r"1.bias: padding beyond \(12,\) is not zero", "layout": r"ffn: another layout: keep \[0, 2\], expected \[1, 2\]",
+        "unreadable": "ffn._extra_state: not readable, expected the layout of a PrunedFFN",
+        "list": r"ffn.keep: \[0, 2\], expected the layout's \[1, 2\]",
+    }[fault]  # fmt: skip
+    with pytest.raises(LayoutError, match=f"path '.*model.safetensors': {message}") as caught:
+        load(other, path)
+    assert unchanged(other, before) and "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match=message):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("form", ["packed", "masked"])
+def test_padding_that_was_filled_is_written_as_zeros(tmp_path, form):
+    """An initialisation that knows nothing of the padding fills all of it."""
+    model, x = nn.Sequential(PrunedLinear(10, 13, in_index=[0, 3, 5]), PrunedFFN(13, 30, group=3, keep=[0, 4, 9])), torch.randn(2, 3, 10)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.uniform_(0.5, 1.0)
+    other, before = copy.deepcopy(model), parameters(model)
+    save(model, tmp_path / "model.safetensors", form=form)
+    assert unchanged(model, before)
+    load(other, tmp_path / "model.safetensors")
+    assert torch.equal(model(x), other(x))
+    for module in other:
+        for name, size in module._logical.items():
+            t = getattr(module, name)
+            assert t.count_nonzero() == torch.Size(size).numel() < t.numel(), name
+
+
+def test_models_without_memory(tmp_path):
+    """Meta construction, state, and every way from there to numbers."""
+    model, x = Model(), torch.randn(2, 3, 10)
+    want, state = model(x), model.state_dict()
+    save(model, tmp_path / "model.safetensors")
+    made = PrunedLinear(10, 16, in_index=[0, 3, 5], out_index=[1, 2], bias=False, device="meta")
+    assert made.in_index.is_meta and made.layout()["in_index"] == [0, 3, 5] and made.state_dict()["out_index"].is_meta
+    with torch.device("meta"):
+        there = Model()
+        assert there.state_dict()["ffn._extra_state"].device.type == "cpu"
+    moved = Model().to("meta")
+    for meta in (there, moved):
+        assert meta.first.in_index.is_meta and meta.first.weight.is_meta and meta.state_dict()["first.in_index"].is_meta
+        with pytest.raises(RuntimeError, match=r"ffn: another layout: keep \[0, 2\], expected \[1, 2\]"):
+            copy.deepcopy(meta).load_state_dict(Model(groups=(0, 2)).state_dict(), assign=True)
+        assigned = copy.deepcopy(meta)
+        assigned.load_state_dict(state, assign=True)
+        assert torch.equal(assigned(x), want)
+        for take in (
+            lambda m: m.load_state_dict(state), lambda m: load(m, tmp_path / "model.safetensors"),
+            lambda m: load_masked_state(m, masked_state(model)),
+        ):  # fmt: skip
+            empty = copy.deepcopy(meta).to_empty(device="cpu")
+            with torch.no_grad():
+                for p in empty.parameters():
+                    p.fill_(torch.nan)
+            assert empty.first.in_index.tolist() == [0, 3, 5]
+            take(empty)
+            assert torch.equal(empty(x), want) and all(torch.equal(a, state[n]) for n, a in empty.state_dict().items())
+    # Memory that had numbers and now holds anything.
+    def garbage():
+        empty = Model()
+        for t in (*empty.parameters(), *empty.buffers()):
+            t.detach().fill_(77)
+        return empty
+
+    empty = garbage()
+    load_masked_state(empty, masked_state(model))
+    assert torch.equal(empty(x), want)
+    empty = garbage()
+    without = {n: t for n, t in state.items() if n not in ("first.in_index", "ffn.keep")}
+    assert sorted(empty.load_state_dict(without, strict=False).missing_keys) == ["ffn.keep", "first.in_index"]
+    assert torch.equal(empty(x), want)
+    empty = garbage()
+    empty.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    assert empty.first.in_index.tolist() == [0, 3, 5] and empty.ffn.keep.tolist() == [1, 2] and empty(x).isfinite().all()
+    empty.load_state_dict(empty.state_dict())                                  # its padding is zero again
+
+
+def test_another_eps_is_another_layout(tmp_path):
+    """What a norm adds under the root is part of what the weights were trained for."""
+    x = 1e-3 * torch.randn(2, 3, 16)
+    for make in (
+        lambda eps: PrunedLinear(16, 8, in_index=[1, 2], eps=eps), lambda eps: PrunedFFN(16, 32, group=8, keep=[0, 3], eps=eps),
+        lambda eps: PrunedLinear.from_linear(nn.Linear(16, 8), [1, 2], eps=eps),
+        lambda eps: PrunedFFN.from_dense(nn.Linear(16, 32), nn.Linear(32, 16), [0, 3], group=8, eps=eps),
+    ):  # fmt: skip
+        layer, other = make(1e-6), make(1e-5)
+        assert layer.eps == 1e-6 and other.eps == 1e-5
+        other.load_state_dict({**layer.state_dict(), "_extra_state": other.get_extra_state()})
+        assert not torch.allclose(layer(x, norm="rms"), other(x, norm="rms"), rtol=1e-2)
+        with pytest.raises(RuntimeError, match="another layout: eps 1e-06, expected 1e-05"):
+            other.load_state_dict(layer.state_dict())
+        for form in ("packed", "masked"):
+            save(layer, tmp_path / "layer.safetensors", form=form)
+            with pytest.raises(LayoutError, match=": eps 1e-06, expected 1e-05"):
+                load(other, tmp_path / "layer.safetensors")
+            load(make(1e-6), tmp_path / "layer.safetensors")
+
+
+class Noted(nn.Linear):
+    """A layer with an extra state of its own, as quantised ones have."""
+
+    def __init__(self, note):
+        super().__init__(16, 16)
+        self.note = note
+
+    def get_extra_state(self):
+        return self.note
+
+    def set_extra_state(self, state):
+        self.note = state
+
+
+@pytest.mark.parametrize("form", ["packed", "masked"])
+@pytest.mark.parametrize("notes", [({"scale": 1}, {"scale": 2}), (torch.ones(3), torch.zeros(2))])
+def test_other_modules_may_have_an_extra_state(tmp_path, form, notes):
+    """A tensor goes through files, anything else only through states in memory; shapes are theirs to know."""
+    model, other = (nn.Sequential(PrunedLinear(16, 16, in_index=[1, 4]), Noted(note)) for note in notes)
+    save(model, tmp_path / "model.safetensors", form=form)
+    load(other, tmp_path / "model.safetensors")
+    kept = notes[0] if torch.is_tensor(notes[0]) else notes[1]
+    assert torch.equal(other[1].note, kept) if torch.is_tensor(kept) else other[1].note is kept
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    state = masked_state(model)
+    assert state["1._extra_state"] is notes[0]
+    third = nn.Sequential(PrunedLinear(16, 16, in_index=[1, 4]), Noted(None))
+    load_masked_state(third, state)
+    assert third[1].note is notes[0] and torch.equal(third[0].weight, model[0].weight)
+
+
+def test_files_of_others(tmp_path):
+    from safetensors.torch import save_file
+
+    path, model = tmp_path / "model.safetensors", Model()
+    before = parameters(model)
+    for junk in (b"", b"junk" * 40, (1 << 60).to_bytes(8, "little") + b"{}"):
+        path.write_bytes(junk)
+        with pytest.raises(LayoutError, match="path: '.*model.safetensors' is no safetensors file") as caught:
+            load(model, path)
+        assert "\n" not in str(caught.value)
+    save(model, path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(LayoutError, match="model.safetensors' is no safetensors file"):
+        load(model, path)
+    for layouts in (None, "{", "[]", '{"first": 3}'):
+        metadata = {"vidkern_form": "packed"} | ({} if layouts is None else {"vidkern_layouts": layouts})
+        save_file(model.state_dict(), path, metadata=metadata)
+        with pytest.raises(LayoutError, match="model.safetensors' has no readable vidkern_layouts, expected a file of vidkern.nn.save") as caught:
+            load(model, path)
+        assert "\n" not in str(caught.value)
+    save_file(model.state_dict(), path, metadata={"vidkern_form": "packed", "vidkern_layouts": '{"first": {}, "ffn": {}, "more": {}}'})
+    with pytest.raises(LayoutError, match="model.safetensors': ffn: form None, expected 'PrunedFFN' \\(and 2 more\\)"):
+        load(model, path)
+    assert unchanged(model, before)
+
+
 def test_files_that_are_none(tmp_path):
     from safetensors.torch import save_file
 

@@ -23,14 +23,14 @@ def padded(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def _indices(name: str, keep, size: int) -> torch.Tensor | None:
-    """Kept channels as an int32 tensor; None where all are kept."""
+def _indices(name: str, keep, size: int) -> tuple[int, ...] | None:
+    """Kept channels; None where all are kept."""
     if keep is None:
         return None
     if isinstance(keep, ChannelIndex) and keep.size != size:
         raise ValueError(f"{name}: chooses from {keep.size} channels, expected from {size}")
-    index = keep.on(torch.device("cpu")) if isinstance(keep, ChannelIndex) else checked(name, keep, size)
-    return None if index.numel() == size else index.cpu().clone()
+    index = tuple((keep if isinstance(keep, ChannelIndex) else checked(name, keep, size)).tolist())
+    return None if len(index) == size else index
 
 
 def _positive(name: str, value) -> int:
@@ -46,7 +46,15 @@ def _check_act(act: str) -> str:
 
 
 class _Packed(nn.Module):
-    """What a packed layer has: matrices padded by :data:`ALIGN`, and a description that its checkpoint carries."""
+    """What a packed layer has: matrices padded by :data:`ALIGN`, lists of kept channels, and a description that its checkpoint carries.
+
+    Lists are kept as numbers as well: those of a buffer may be out of reach (meta) or not there yet (``to_empty``).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._logical: dict[str, tuple[int, ...]] = {}
+        self._kept: dict[str, tuple[int, ...] | None] = {}
 
     def _matrix(self, name: str, rows: int, columns: int, device, dtype) -> None:
         self.register_parameter(name, nn.Parameter(torch.zeros(padded(rows), padded(columns), device=device, dtype=dtype)))
@@ -55,6 +63,39 @@ class _Packed(nn.Module):
     def _vector(self, name: str, size: int, wanted: bool, device, dtype) -> None:
         self.register_parameter(name, nn.Parameter(torch.zeros(padded(size), device=device, dtype=dtype)) if wanted else None)
         self._logical[name] = (size,)
+
+    def _list(self, name: str, kept: tuple[int, ...] | None, device) -> None:
+        self.register_buffer(name, None if kept is None else torch.tensor(kept, dtype=torch.int32, device=device))
+        self._kept[name] = kept
+
+    @torch.no_grad()
+    def _refill(self, *names: str) -> None:
+        """Write lists into their buffers, where these have memory."""
+        for name in names:
+            buffer = getattr(self, name)
+            if buffer is not None and not buffer.is_meta:
+                buffer.copy_(torch.tensor(self._kept[name], dtype=torch.int32, device="cpu"))
+
+    def _apply(self, fn, recurse=True):
+        without = [n for n in self._kept if getattr(self, n) is not None and getattr(self, n).is_meta]
+        super()._apply(fn, recurse)
+        self._refill(*without)
+        return self
+
+    @torch.no_grad()
+    def _put(self, name: str, value: torch.Tensor | None) -> None:
+        """Write the logical part of a parameter, and zeros around it."""
+        if value is not None:
+            if tuple(getattr(self, name).shape) != self._logical[name]:
+                getattr(self, name).zero_()
+            self.logical(name).copy_(value)
+
+    @torch.no_grad()
+    def _draw(self, name: str, fan: int) -> None:
+        """nn.Linear's initialisation of the logical part, and zeros around it."""
+        if getattr(self, name) is not None:
+            getattr(self, name).zero_()
+            self.logical(name).uniform_(-(fan**-0.5), fan**-0.5)
 
     def logical(self, name: str) -> torch.Tensor | None:
         """A parameter without its padding: a view."""
@@ -68,38 +109,59 @@ class _Packed(nn.Module):
         """What the numbers in a checkpoint mean: JSON types only."""
         raise NotImplementedError
 
+    def _lists(self) -> dict:
+        return {name: None if kept is None else list(kept) for name, kept in self._kept.items()}
+
     def get_extra_state(self) -> torch.Tensor:
         return torch.frombuffer(bytearray(json.dumps(self.layout(), sort_keys=True).encode()), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state) -> None:
         """Checked before anything is loaded; see :meth:`_load_from_state_dict`."""
 
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        found = state.get(prefix + "_extra_state")
-        names = [prefix + n for n in (*self._parameters, *self._buffers) if prefix + n in state]
+    def _fault(self, state, prefix: str) -> str | None:
+        """Why a state is not of this layer: a line that names it, or None. Missing names and other shapes are torch's to report."""
+        found, ours = state.get(prefix + "_extra_state"), self.layout()
         if found is None:
-            if names:
-                errors.append(
-                    f"{prefix}_extra_state: missing, expected a packed checkpoint of {type(self).__name__} "
-                    "(vidkern.nn.load_masked_state takes dense ones)"
-                )
-                return
-        elif (theirs := json.loads(bytes(found.cpu().tolist()))) != self.layout():
-            differing = [f"{k} {theirs.get(k)!r:.40}, expected {v!r:.40}" for k, v in self.layout().items() if theirs.get(k) != v]
-            errors.append(f"{prefix.rstrip('.') or type(self).__name__}: another layout: {'; '.join(differing) or theirs}")
-            return
-        for name, size in self._logical.items():
+            if all(prefix + n not in state for n in (*self._parameters, *self._buffers)):
+                return None
+            return (
+                f"{prefix}_extra_state: missing, expected a packed checkpoint of {type(self).__name__} "
+                "(vidkern.nn.load_masked_state takes dense ones)"
+            )
+        theirs = _described(found)
+        if theirs is None:
+            return f"{prefix}_extra_state: not readable, expected the layout of a {type(self).__name__}"
+        if theirs != ours:
+            differing = [f"{k} {theirs.get(k)!r:.40}, expected {v!r:.40}" for k, v in ours.items() if theirs.get(k) != v]
+            return f"{prefix.rstrip('.') or type(self).__name__}: another layout: {'; '.join(differing) or theirs}"
+        for name, kept in self._kept.items():
             t = state.get(prefix + name)
-            own = getattr(self, name)
-            if t is None or own is None or t.shape != own.shape:
-                continue  # torch says so itself
-            if _padding(t, size):
-                errors.append(f"{prefix}{name}: padding beyond {size} is not zero, expected a packed weight")
-                return
+            if kept is not None and type(t) is torch.Tensor and not t.is_meta and t.tolist() != list(kept):
+                return f"{prefix}{name}: {t.tolist()!r:.40}, expected the layout's {list(kept)!r:.40}"
+        for name, size in self._logical.items():
+            t, own = state.get(prefix + name), getattr(self, name)
+            if t is not None and own is not None and t.shape == own.shape and has_padding(t, size):
+                return f"{prefix}{name}: padding beyond {size} is not zero, expected a packed weight (vidkern.nn.save writes zeros there)"
+        return None
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        if fault := self._fault(state, prefix):
+            errors.append(fault)
+            return
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        self._refill(*(name for name in self._kept if prefix + name not in state))
 
 
-def _padding(t: torch.Tensor, size: tuple[int, ...]) -> bool:
+def _described(found) -> dict | None:
+    """The layout in an extra state; None where there is none."""
+    try:
+        layout = json.loads(bytes(found.cpu().tolist()))
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return None
+    return layout if isinstance(layout, dict) else None
+
+
+def has_padding(t: torch.Tensor, size: tuple[int, ...]) -> bool:
     """Whether anything beyond the logical size is not zero."""
     if t.device.type == "meta" or tuple(t.shape) == size:
         return False
@@ -108,9 +170,10 @@ def _padding(t: torch.Tensor, size: tuple[int, ...]) -> bool:
     return bool(rest.any())
 
 
-def _uniform(t: torch.Tensor, bound: float) -> None:
-    with torch.no_grad():
-        t.uniform_(-bound, bound)
+def clear_padding(t: torch.Tensor, size: tuple[int, ...]) -> None:
+    """Zero what is beyond the logical size."""
+    for axis, n in enumerate(size):
+        t.narrow(axis, n, t.shape[axis] - n).zero_()
 
 
 class PrunedLinear(_Packed):
@@ -119,11 +182,15 @@ class PrunedLinear(_Packed):
     Without ``out_index`` the result is full; with it, channels that are not written are zero, or the residual's own. A layer whose
     neighbours were packed too has no index: ``PrunedLinear(kept_in, kept_out)``.
 
+    ``model.load_state_dict`` refuses a state of another layout (lists, sizes, act, eps, bias), but by then other modules of the model may
+    have taken theirs; :func:`vidkern.nn.load` looks at all of them first.
+
     Args:
         in_features, out_features: width of x and of the result.
         bias: whether there is one, on the kept outputs.
         in_index, out_index: kept channels: sorted numbers, a bool mask, or a ChannelIndex; None: all.
         act: as in :func:`vidkern.pruned_linear`; with "swiglu" the weight has two rows per kept output, all gates first.
+        eps: of the norm that a call may ask for.
 
     Raises:
         TypeError, ValueError: an argument is wrong; a list is empty, unsorted, repeated or out of range.
@@ -133,30 +200,28 @@ class PrunedLinear(_Packed):
         self, in_features, out_features, bias=True, *, in_index=None, out_index=None, act="none", eps=1e-6, device=None, dtype=None
     ):
         super().__init__()
-        self._logical: dict[str, tuple[int, ...]] = {}
         self.in_features, self.out_features = _positive("in_features", in_features), _positive("out_features", out_features)
-        self.act, self.eps = _check_act(act), eps
+        self.act, self.eps = _check_act(act), float(eps)
         kept_in, kept_out = _indices("in_index", in_index, in_features), _indices("out_index", out_index, out_features)
-        self.kept_in = in_features if kept_in is None else kept_in.numel()
-        self.kept_out = out_features if kept_out is None else kept_out.numel()
+        self.kept_in = in_features if kept_in is None else len(kept_in)
+        self.kept_out = out_features if kept_out is None else len(kept_out)
         rows = self.kept_out * (2 if act == "swiglu" else 1)
         self._matrix("weight", rows, self.kept_in, device, dtype)
         self._vector("bias", rows, bias, device, dtype)
-        self.register_buffer("in_index", None if kept_in is None else kept_in.to(device))
-        self.register_buffer("out_index", None if kept_out is None else kept_out.to(device))
+        self._list("in_index", kept_in, device)
+        self._list("out_index", kept_out, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """nn.Linear's initialisation, of the logical part."""
-        for name in ("weight", "bias"):
-            if getattr(self, name) is not None:
-                _uniform(self.logical(name), self.kept_in**-0.5)
+        """nn.Linear's initialisation of the logical part, zeros around it, and the lists: all that ``to_empty`` leaves undone."""
+        self._draw("weight", self.kept_in)
+        self._draw("bias", self.kept_in)
+        self._refill(*self._kept)
 
     def layout(self) -> dict:
-        lists = {n: None if getattr(self, n) is None else getattr(self, n).tolist() for n in ("in_index", "out_index")}
         return {
             "form": "PrunedLinear", "in_features": self.in_features, "out_features": self.out_features, "act": self.act,
-            "bias": self.bias is not None, **lists,
+            "eps": float(self.eps), "bias": self.bias is not None, **self._lists(),
         }  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -166,7 +231,7 @@ class PrunedLinear(_Packed):
         )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, keep_in=None, keep_out=None, *, act="none") -> PrunedLinear:
+    def from_linear(cls, linear: nn.Linear, keep_in=None, keep_out=None, *, act="none", eps=1e-6) -> PrunedLinear:
         """The kept rows and columns of a dense layer. ``keep_out`` counts pairs where ``act`` is "swiglu"."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: {type(linear).__name__}, expected an nn.Linear")
@@ -176,8 +241,8 @@ class PrunedLinear(_Packed):
                 raise ValueError(f"linear: {out} output channels, expected an even number: swiglu takes pairs")
             out //= 2
         made = cls(
-            linear.in_features, out, linear.bias is not None, in_index=keep_in, out_index=keep_out, act=act, device=linear.weight.device,
-            dtype=linear.weight.dtype,
+            linear.in_features, out, linear.bias is not None, in_index=keep_in, out_index=keep_out, act=act, eps=eps,
+            device=linear.weight.device, dtype=linear.weight.dtype,
         )
         made._take(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
         return made
@@ -192,9 +257,8 @@ class PrunedLinear(_Packed):
     @torch.no_grad()
     def _take(self, weight, bias) -> None:
         rows, columns = self._full()
-        self.logical("weight").copy_(weight.index_select(0, rows).index_select(1, columns))
-        if bias is not None:
-            self.logical("bias").copy_(bias.index_select(0, rows))
+        self._put("weight", weight.index_select(0, rows).index_select(1, columns))
+        self._put("bias", None if bias is None else bias.index_select(0, rows))
 
     @torch.no_grad()
     def dense(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -231,6 +295,9 @@ class PrunedLinear(_Packed):
 class PrunedFFN(_Packed):
     """A two-layer network of which some groups of hidden channels are left; the hidden tensor exists a tile at a time.
 
+    ``model.load_state_dict`` refuses a state of another layout (kept groups, sizes, act, eps, bias), but by then other modules of the model
+    may have taken theirs; :func:`vidkern.nn.load` looks at all of them first.
+
     Args:
         dim: channels of x and of the result.
         hidden: hidden channels before pruning.
@@ -239,6 +306,7 @@ class PrunedFFN(_Packed):
         group: channels of a group; divides ``hidden``.
         keep: kept groups: sorted numbers, a bool mask or a ChannelIndex; None: all.
         bias: whether both layers have one.
+        eps: of the norm that a call may ask for.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -248,38 +316,37 @@ class PrunedFFN(_Packed):
         self, dim, hidden, *, tile=768, act="gelu_tanh", group=128, keep=None, bias=True, eps=1e-6, device=None, dtype=None
     ):
         super().__init__()
-        self._logical: dict[str, tuple[int, ...]] = {}
         self.dim, self.hidden, self.group = _positive("dim", dim), _positive("hidden", hidden), _positive("group", group)
-        self.tile, self.act, self.eps = _positive("tile", tile), _check_act(act), eps
+        self.tile, self.act, self.eps = _positive("tile", tile), _check_act(act), float(eps)
         if hidden % group:
             raise ValueError(f"group: {group}, expected a divisor of hidden {hidden}")
         groups = _indices("keep", keep, hidden // group)
-        self.kept = hidden if groups is None else groups.numel() * group
+        self.kept = hidden if groups is None else len(groups) * group
         rows = self.kept * (2 if act == "swiglu" else 1)
         self._matrix("w1", rows, dim, device, dtype)
         self._vector("b1", rows, bias, device, dtype)
         self._matrix("w2", dim, self.kept, device, dtype)
         self._vector("b2", dim, bias, device, dtype)
-        self.register_buffer("keep", None if groups is None else groups.to(device))
+        self._list("keep", groups, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """nn.Linear's initialisation, of the logical part."""
+        """nn.Linear's initialisation of the logical part, zeros around it, and the list: all that ``to_empty`` leaves undone."""
         for name, fan in (("w1", self.dim), ("b1", self.dim), ("w2", self.kept), ("b2", self.kept)):
-            if getattr(self, name) is not None:
-                _uniform(self.logical(name), fan**-0.5)
+            self._draw(name, fan)
+        self._refill(*self._kept)
 
     def layout(self) -> dict:
         return {
             "form": "PrunedFFN", "dim": self.dim, "hidden": self.hidden, "group": self.group, "act": self.act,
-            "bias": self.b1 is not None, "keep": None if self.keep is None else self.keep.tolist(),
+            "eps": float(self.eps), "bias": self.b1 is not None, **self._lists(),
         }  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.kept} of {self.hidden} hidden, tile={self.tile}, act={self.act!r}, bias={self.b1 is not None}"
 
     @classmethod
-    def from_dense(cls, w1: nn.Linear, w2: nn.Linear, keep=None, *, group=128, tile=768, act="gelu_tanh") -> PrunedFFN:
+    def from_dense(cls, w1: nn.Linear, w2: nn.Linear, keep=None, *, group=128, tile=768, act="gelu_tanh", eps=1e-6) -> PrunedFFN:
         """The kept groups of two dense layers."""
         for name, layer in (("w1", w1), ("w2", w2)):
             if not isinstance(layer, nn.Linear):
@@ -292,8 +359,8 @@ class PrunedFFN(_Packed):
         if (w1.bias is None) != (w2.bias is None):
             raise ValueError("w2: has a bias where w1 has none or the reverse, expected both or neither")
         made = cls(
-            w1.in_features, w2.in_features, tile=tile, act=act, group=group, keep=keep, bias=w1.bias is not None, device=w1.weight.device,
-            dtype=w1.weight.dtype,
+            w1.in_features, w2.in_features, tile=tile, act=act, group=group, keep=keep, bias=w1.bias is not None, eps=eps,
+            device=w1.weight.device, dtype=w1.weight.dtype,
         )
         made._take(*(None if p is None else p.detach() for p in (w1.weight, w1.bias, w2.weight, w2.bias)))
         return made
@@ -309,11 +376,10 @@ class PrunedFFN(_Packed):
     @torch.no_grad()
     def _take(self, w1, b1, w2, b2) -> None:
         rows, columns = self._full()
-        self.logical("w1").copy_(w1.index_select(0, rows))
-        self.logical("w2").copy_(w2.index_select(1, columns))
-        if b1 is not None:
-            self.logical("b1").copy_(b1.index_select(0, rows))
-            self.logical("b2").copy_(b2)
+        self._put("w1", w1.index_select(0, rows))
+        self._put("w2", w2.index_select(1, columns))
+        self._put("b1", None if b1 is None else b1.index_select(0, rows))
+        self._put("b2", b2)
 
     @torch.no_grad()
     def dense(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:

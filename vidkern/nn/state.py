@@ -15,7 +15,7 @@ from torch import nn
 
 from .._files import replacing
 from ..errors import UserError, import_extra
-from .pruned import PrunedFFN, _Packed
+from .pruned import PrunedFFN, _Packed, clear_padding
 
 FORMS = ("packed", "masked")
 
@@ -26,6 +26,12 @@ class LayoutError(UserError, ValueError):
 
 def _packed_modules(model: nn.Module) -> dict[str, _Packed]:
     return {f"{name}." if name else "": m for name, m in model.named_modules() if isinstance(m, _Packed)}
+
+
+def _foreign(model: nn.Module) -> dict[str, nn.Module]:
+    """The other modules that have an extra state, by its name: what it holds is theirs to know."""
+    own = {f"{name}._extra_state".lstrip("."): m for name, m in model.named_modules() if not isinstance(m, _Packed)}
+    return {name: m for name, m in own.items() if type(m).get_extra_state is not nn.Module.get_extra_state}
 
 
 def _mask(index, size: int, device) -> torch.Tensor:
@@ -63,13 +69,14 @@ def load_masked_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
     Args:
         state: masked form, or the plain state of a dense model with the same names (then without masks). Weights that were pruned
-            may hold anything.
+            may hold anything. The extra state of other modules is optional.
 
     Raises:
         LayoutError: names are missing or left over, shapes differ, or a mask is not the layer's own.
     """
     state, faults, todo = dict(state), [], []
     for prefix, module in _packed_modules(model).items():
+        module._refill(*module._kept)
         own = _dense(module)
         for name, want in own.items():
             got = state.pop(prefix + name, None)
@@ -84,7 +91,9 @@ def load_masked_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
                 own[name] = got.to(want)
         todo.append((module, own))
     packed = {p + n for p, m in _packed_modules(model).items() for n in (*m._parameters, *m._buffers, "_extra_state")}
-    rest = {n: t for n, t in model.state_dict().items() if n not in packed}
+    foreign = _foreign(model)
+    extra = {n: state.pop(n) for n in foreign if n in state}
+    rest = {n: t for n, t in model.state_dict().items() if n not in packed and n not in foreign}
     faults += [f"{n}: missing, expected {tuple(t.shape)}" for n, t in rest.items() if n not in state]
     faults += [
         f"{n}: shape {tuple(state[n].shape)}, expected {tuple(t.shape)}" for n, t in rest.items() if n in state and state[n].shape != t.shape
@@ -96,6 +105,8 @@ def load_masked_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         module._take(*(own.get(n) for n in names))
     for name, t in rest.items():
         t.copy_(state[name])
+    for name, value in extra.items():
+        foreign[name].set_extra_state(value)
 
 
 def _raise(faults: list[str], what: str = "state") -> None:
@@ -105,9 +116,10 @@ def _raise(faults: list[str], what: str = "state") -> None:
 
 
 def save(model: nn.Module, path: str | os.PathLike, *, form: str = "packed") -> None:
-    """Write the model to a safetensors file, whole or not at all.
+    """Write the model to a safetensors file, whole or not at all. Padding is written as zeros, whatever it holds.
 
     Args:
+        model: an extra state of other modules that is no tensor is left out.
         form: "packed" or "masked".
 
     Raises:
@@ -119,10 +131,39 @@ def save(model: nn.Module, path: str | os.PathLike, *, form: str = "packed") -> 
         raise FileNotFoundError(f"path: folder {os.fspath(Path(path).parent)!r} does not exist, expected one that does")
     safetensors = import_extra("safetensors.torch", "saving a pruned model")
     state = model.state_dict() if form == "packed" else masked_state(model)
-    state = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
-    layouts = {prefix.rstrip("."): m.layout() for prefix, m in _packed_modules(model).items()}
+    state = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items() if isinstance(t, torch.Tensor)}
+    modules = _packed_modules(model)
+    if form == "packed":
+        for prefix, m in modules.items():
+            for name, size in m._logical.items():
+                if prefix + name in state:
+                    clear_padding(state[prefix + name], size)
+    layouts = {prefix.rstrip("."): m.layout() for prefix, m in modules.items()}
     with replacing(path) as fresh:
         safetensors.save_file(state, fresh, metadata={"format": "pt", "vidkern_form": form, "vidkern_layouts": json.dumps(layouts)})
+
+
+def _read(path: str | os.PathLike) -> tuple[str, dict[str, dict], dict[str, torch.Tensor]]:
+    """The form, the layouts and the tensors of a file."""
+    import_extra("safetensors.torch", "loading a pruned model")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            form = metadata.get("vidkern_form")
+            if form not in FORMS:
+                raise LayoutError(f"path: {os.fspath(path)!r} was not written by vidkern.nn.save, expected one that was (or load_masked_state)")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise LayoutError(f"path: {os.fspath(path)!r} is no safetensors file ({' '.join(str(error).split())})") from error
+    try:
+        layouts = json.loads(metadata["vidkern_layouts"])
+        if not all(isinstance(layout, dict) for layout in layouts.values()):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LayoutError(f"path: {os.fspath(path)!r} has no readable vidkern_layouts, expected a file of vidkern.nn.save") from error
+    return form, layouts, state
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> None:
@@ -133,29 +174,30 @@ def load(model: nn.Module, path: str | os.PathLike) -> None:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: {os.fspath(path)!r} does not exist, expected a file of vidkern.nn.save")
-    import_extra("safetensors.torch", "loading a pruned model")
-    from safetensors import safe_open
-
-    with safe_open(os.fspath(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        form = metadata.get("vidkern_form")
-        if form not in FORMS:
-            raise LayoutError(f"path: {os.fspath(path)!r} was not written by vidkern.nn.save, expected one that was (or load_masked_state)")
-        state = {name: file.get_tensor(name) for name in file.keys()}
-    theirs, faults = json.loads(metadata["vidkern_layouts"]), []
-    ours = {prefix.rstrip("."): m.layout() for prefix, m in _packed_modules(model).items()}
+    form, theirs, state = _read(path)
+    modules, faults = _packed_modules(model), []
+    ours = {prefix.rstrip("."): m.layout() for prefix, m in modules.items()}
     for name in sorted({*ours, *theirs}):
         a, b = ours.get(name), theirs.get(name)
         if a is None or b is None:
-            faults.append(f"{name or 'the model'}: {'not pruned' if b is None else b['form']} there, {'not pruned' if a is None else a['form']} here")
+            there, here = ("not pruned" if layout is None else layout.get("form") for layout in (b, a))
+            faults.append(f"{name or 'the model'}: {there} there, {here} here")
         elif a != b:
-            faults += [f"{name or a['form']}: {k} {b.get(k)!r:.40}, expected {v!r:.40}" for k, v in a.items() if b.get(k) != v][:1]
+            faults += [f"{name or a['form']}: {k} {b.get(k)!r:.40}, expected {v!r:.40}" for k, v in a.items() if b.get(k) != v][:1] or [
+                f"{name or a['form']}: more entries than expected, {sorted(set(b) - set(a))}"
+            ]
     _raise(faults, f"path {os.fspath(path)!r}")
     if form == "masked":
         load_masked_state(model, state)
         return
-    own = model.state_dict()
-    faults = [f"{n}: missing" for n in own if n not in state] + [f"{n}: not in the model" for n in state if n not in own]
-    faults += [f"{n}: shape {tuple(state[n].shape)}, expected {tuple(t.shape)}" for n, t in own.items() if n in state and state[n].shape != t.shape]
+    foreign, own = _foreign(model), model.state_dict()
+    faults = [f"{n}: missing" for n in own if n not in state and n not in foreign]
+    faults += [f"{n}: not in the model" for n in state if n not in own]
+    faults += [fault for prefix, m in modules.items() if (fault := m._fault(state, prefix))]
+    faults += [
+        f"{n}: shape {tuple(state[n].shape)}, expected {tuple(t.shape)}"
+        for n, t in own.items() if n in state and n not in foreign and state[n].shape != t.shape
+    ]  # fmt: skip
     _raise(faults, f"path {os.fspath(path)!r}")
-    model.load_state_dict(state)
+    # Names were looked at; an extra state that no file can hold may be missing.
+    model.load_state_dict(state, strict=False)
