@@ -1,36 +1,41 @@
-// Several layers of different sizes in one launch: a block finds its layer, and its tile of it, in a list.
+// Several layers of different sizes in one launch: a block finds its layer, and its tile of it, by its number. All that says where they are
+// is in the parameters, so that nothing is copied to the device and the launch can be captured.
 #include "pruned_product.h"
 
 namespace vk {
 namespace pruned {
 
+constexpr i32 LAYERS = 32;  // of a launch: parameters hold 4 KB
+
 struct Layer {  // rows of x and weight lie on 16 bytes
   const void *x, *weight;
-  const float* bias;      // null: none
-  i64 start, m, n, k;     // where the result [m, n] starts
+  const float* bias;  // null: none
+  i64 start;          // where the result [m, n] starts
   i64 x_step, weight_step;
+  i32 m, n, k, first;  // first: number of its first block
 };
 struct Grouped {
-  const Layer* layers;
-  const i32* tiles;  // [blocks, 3]: layer, tile row, tile column
-  void *out, *u;     // one layer's [m, n] after the other's; u: null, or the sums before the activation
-  i32 act;
+  Layer layers[LAYERS];  // the deepest first, so that none is left alone at the end
+  void *out, *u;         // one layer's [m, n] after the other's; u: null, or the sums before the activation
+  i32 count, act;
 };
 
 template <typename T, typename S>
 VK_DEVICE void grouped(const Grouped& g) {
-  const i32* at = g.tiles + 3 * i64(block_index());
-  const Layer* layer = g.layers + load(at);
+  const i32 block = i32(block_index());
+  i32 i = 0;
+  while (i + 1 < g.count && g.layers[i + 1].first <= block) ++i;
+  const Layer& layer = g.layers[i];
   Product p{};
-  const i64 start = load(&layer->start), n = load(&layer->n);
-  p.a = {load(&layer->x), nullptr, nullptr, load(&layer->x_step)};
-  p.b = {load(&layer->weight), nullptr, nullptr, load(&layer->weight_step)};
-  p.bias = load(&layer->bias);
-  p.out = static_cast<T*>(g.out) + start;
-  p.u = g.u == nullptr ? nullptr : static_cast<T*>(g.u) + start;
-  p.out_step = p.u_step = n;
-  p.m = i32(load(&layer->m)), p.n = i32(n), p.k = i32(load(&layer->k)), p.act = g.act;
-  tile<T, S, false, false, false>(p, load(at + 1), load(at + 2));
+  p.a = {layer.x, nullptr, nullptr, layer.x_step};
+  p.b = {layer.weight, nullptr, nullptr, layer.weight_step};
+  p.bias = layer.bias;
+  p.out = static_cast<T*>(g.out) + layer.start;
+  p.u = g.u == nullptr ? nullptr : static_cast<T*>(g.u) + layer.start;
+  p.out_step = p.u_step = layer.n;
+  p.m = layer.m, p.n = layer.n, p.k = layer.k, p.act = g.act;
+  const i32 rows = (p.m + S::ROWS - 1) / S::ROWS, at = block - layer.first;
+  tile<T, S, false, false, false>(p, at % rows, at / rows);
 }
 
 }  // namespace pruned

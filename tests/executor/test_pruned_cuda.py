@@ -381,6 +381,20 @@ def group(impl, dtype=torch.bfloat16):
     return max(((a.double() - b).abs().nan_to_num(99).max() / b.abs().max()).item() for a, b in zip(got, want))
 
 
+def test_more_layers_than_a_launch_holds(launched):
+    """Of every size, with biases: several launches, each layer's result in its own place."""
+    g = torch.Generator().manual_seed(0)
+    sizes = [(1 + 7 * i % 70, 8 + 11 * i % 90, 8 + 8 * (i % 9)) for i in range(cuda_grouped.LAYERS + 3)]
+    made = [[torch.randn(*shape, generator=g).bfloat16() for shape in ((m, k), (n, k), (n,))] for m, n, k in sizes]
+    launched.clear()
+    with accuracy.poisoned():
+        got = vidkern.pruned_linear_grouped(*map(list, zip(*made)), act="silu", impl="cuda-executed")
+    assert len([name for name, *_ in launched if name.startswith("pruned_grouped")]) == 2
+    for y, (x, w, b) in zip(got, made, strict=True):
+        want = torch.nn.functional.silu(x.double() @ w.double().t() + b.double())
+        assert (y.double() - want).abs().max() < 0.02 * want.abs().max().clamp_min(1)
+
+
 def worst_of_all():
     with configs.forced(SMALL):
         return max(group("cuda-executed"), *(wrong(problem) for problem in problems().values()))
