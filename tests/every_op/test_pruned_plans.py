@@ -326,6 +326,17 @@ def test_a_copied_list_is_read_anew():
         torch.testing.assert_close(vidkern.pruned_linear(x, w, in_index=kept), F.linear(x[:, values], w))
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_wide_biases_of_narrow_grouped_layers_have_wide_gradients(impl):
+    """1001 tokens count to 1001, which bfloat16 does not hold; a narrow bias beside a wide one keeps its dtype."""
+    x, w = torch.randn(1001, 16).bfloat16(), torch.randn(8, 16).bfloat16()
+    wide, narrow = torch.zeros(8, requires_grad=True), torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
+    a, b = vidkern.pruned_linear_grouped([x, x], [w, w], [wide, narrow], impl=impl)
+    (a.sum() + b.sum()).backward()
+    assert wide.grad.dtype is torch.float32 and (wide.grad == 1001).all()
+    assert narrow.grad.dtype is torch.bfloat16 and (narrow.grad == 1000).all()
+
+
 def test_grouped_errors_name_the_layer():
     x, w, b = torch.randn(3, 16), torch.randn(8, 16), torch.randn(8)
     call = vidkern.pruned_linear_grouped

@@ -51,7 +51,8 @@ def _allocate_backward(dout, x, weight, bias, u, sizes, act, wants, impl):
         sum(m * k for m, k, _ in t) if wants & INNER else 0, sum(n * k for _, k, n in t) if wants & OUTER else 0,
         sum(n for *_, n in t) if wants & OUTER and bias else 0,
     )  # fmt: skip
-    return tuple(x[0].new_empty(total) for total in totals)
+    wide = x[0].dtype if not any(b.dtype is FLOAT for b in bias) else FLOAT
+    return tuple(x[0].new_empty(total, dtype=kind) for total, kind in zip(totals, (x[0].dtype, x[0].dtype, wide)))
 
 
 def _reference(outputs, x, weight, bias, sizes, act, wants, impl):
