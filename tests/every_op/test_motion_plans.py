@@ -1,6 +1,8 @@
 """Kept plans of attention motion flow: what a repeated call reuses is never another call's."""
 
 import contextlib
+import copy
+import pickle
 
 import pytest
 import torch
@@ -170,6 +172,13 @@ def test_a_result_may_be_changed_in_place(more):
             assert torch.equal(flow[1:], before[1:] + 1) and torch.equal(flow[0], before[0] + 1 + 1)
             if gradients:
                 flow.sum().backward()
+
+
+def test_results_can_be_copied_and_pickled():
+    q, k = operands({})
+    found = vidkern.attention_motion_flow(q, k, grid=GRID, mode="both", return_conf=True)
+    for again in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert type(again) is type(found) and all(torch.equal(a, b) for a, b in zip(again, found))
 
 
 def test_changed_inputs_are_told():

@@ -306,6 +306,15 @@ _RESULTS = {
 }
 
 
+def _result(names, values):
+    return _RESULTS[names](*values)
+
+
+for _kind in _RESULTS.values():
+    # They have one name and no place in this module: pickle and copy find them by their fields.
+    _kind.__reduce__ = lambda self: (_result, (self._fields, tuple(self)))
+
+
 def attention_motion_flow(
     q, k, *, grid, layout="bhld", tau=2.0, scale=None, heads="logit_mean", mode="soft", pairs="all", n_text=0,
     text_position="front", batch_index=-1, return_index=False, return_lse=False, return_conf=False, return_entropy=False,
