@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #define VK_MODEL_KERNEL extern "C" void
 
@@ -48,6 +49,25 @@ inline uint32_t bits_of(float f) {
   std::memcpy(&bits, &f, 4);
   return bits;
 }
+// Compute capability 9.0 on: executor_async.cpp (barriers in shared memory, copies of boxes, clusters), executor_warpgroup.cpp (products).
+uint32_t cluster_rank();
+void cluster_barrier(Where);
+void mbarrier_make(uint32_t byte, uint32_t arrivals, Where);
+void mbarriers_made(Where);
+// At the barrier of block `rank` of the cluster; expected: bytes that its phase waits for besides.
+void mbarrier_arrive(uint32_t byte, uint32_t rank, uint32_t expected, Where);
+void mbarrier_wait(uint32_t byte, uint32_t parity, Where);
+void async_fence(Where);
+// blocks: 0, this block alone; else a bit for each block of the cluster. map: the harness's encoding of a tensor map.
+void copy_box(uint16_t blocks, uint32_t to, const unsigned long long* map, std::initializer_list<int> first, uint32_t done, Where);
+void registers(int count, bool more, Where);
+void products_begin(Where);
+void products_commit(Where);
+void products_wait(int still_under_way, Where);
+// c: n / 2 sums of this lane; a: its left operand in registers, or null and described by a_bits.
+void warpgroup_product(float* c, int n, const uint32_t* a, unsigned long long a_bits, bool a_across, unsigned long long b_bits, bool b_across,
+                       bool keep, bool bfloat, Where);
+
 uint16_t round_bf16(float f);
 uint16_t round_f16(float f);
 float widen_f16(uint16_t h);

@@ -361,7 +361,7 @@ FAULTS = {
     "no barrier before the sums over rows": (ROWS, ("put_sums(2, gates);\n  block_barrier();", "put_sums(2, gates);")),
     "half of the rows summed": (ROWS, ("r < ROWS; ++r", "r < ROWS / 2; ++r")),
     "the gate before its own gradient": (ROWS, ("(g.pairs ? z * b.v[i] : z);", "(g.pairs ? z * b.v[i] : z) * gate.v[i];")),
-    "the first layer's start for all": (GROUPED, ("static_cast<T*>(g.out) + start", "static_cast<T*>(g.out)")),
+    "the first layer's start for all": (GROUPED, ("static_cast<T*>(g.out) + layer.start", "static_cast<T*>(g.out)")),
 }  # fmt: skip
 # Only what the problems launch is compiled.
 FEWER = (

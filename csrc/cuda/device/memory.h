@@ -18,7 +18,7 @@ struct Shared {
 
 #ifdef __CUDACC__
 
-extern __shared__ __align__(128) u8 vk_shared_memory[];
+extern __shared__ __align__(1024) u8 vk_shared_memory[];
 
 template <typename T>
 VK_DEVICE Shared<T> shared_at(u32 byte) {

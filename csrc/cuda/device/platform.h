@@ -16,6 +16,9 @@ using i64 = long long;
 
 #define VK_DEVICE __device__ __forceinline__
 #define VK_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// Blocks of a cluster, after VK_KERNEL; how a parameter is declared whose address is taken (a tensor map's).
+#define VK_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+#define VK_PARAMETER __grid_constant__
 // A primitive's last parameter: nothing on a device, the caller's file and line in a model.
 #define VK_AT
 #define VK_AT_ONLY
@@ -25,6 +28,7 @@ using i64 = long long;
 #define VK_NO_UNROLL _Pragma("unroll 1")
 // A kernel takes one structure; the models call it through a plain pointer.
 #define VK_ENTRY(name, Parameters)
+#define VK_ENTRY_CLUSTER(name, Parameters, blocks)
 
 namespace vk {
 VK_DEVICE u32 thread_index() { return threadIdx.x; }
@@ -37,6 +41,8 @@ VK_DEVICE u32 block_index() { return blockIdx.x; }
 
 #define VK_DEVICE inline
 #define VK_KERNEL(threads) VK_MODEL_KERNEL
+#define VK_CLUSTER(blocks)
+#define VK_PARAMETER
 #define VK_AT , ::vk::model::Where at = ::vk::model::here()
 #define VK_AT_ONLY ::vk::model::Where at = ::vk::model::here()
 #define VK_HERE , at
@@ -45,6 +51,9 @@ VK_DEVICE u32 block_index() { return blockIdx.x; }
 #define VK_NO_UNROLL
 #define VK_ENTRY(name, Parameters) \
   extern "C" void name##_thread(const void* given) { name(*static_cast<const Parameters*>(given)); }
+#define VK_ENTRY_CLUSTER(name, Parameters, blocks) \
+  VK_ENTRY(name, Parameters)                       \
+  extern "C" const ::vk::u32 name##_cluster = blocks;
 
 namespace vk {
 inline u32 thread_index() { return model::thread_index(); }
