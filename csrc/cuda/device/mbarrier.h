@@ -25,8 +25,8 @@ VK_DEVICE void mbarrier_wait(Shared<u64> b, u32 parity) {
       "{\n\t.reg .pred done;\n"
       "again:\n\t"
       "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n\t"
-      "@done bra.uni over;\n\t"
-      "bra.uni again;\n"
+      "@done bra over;\n\t"
+      "bra again;\n"
       "over:\n\t}" ::"r"(b.at),
       "r"(parity)
       : "memory");

@@ -49,6 +49,7 @@ VK_DEVICE void registers_up() {
 template <typename T, i32 N>
 struct WarpgroupProduct;  // shared: both operands in shared memory; own: the left one in registers. keep: add to the sums, else begin anew
 
+// One specialisation per type and width. Operands of an asm are numbered, so that a width says what comes behind its sums: A, B and on.
 // clang-format off
 #define VK_PAIR(n) "+f"(c[n].v[0]), "+f"(c[n].v[1]), "+f"(c[n].v[2]), "+f"(c[n].v[3]), \
     "+f"(c[n + 1].v[0]), "+f"(c[n + 1].v[1]), "+f"(c[n + 1].v[2]), "+f"(c[n + 1].v[3])
@@ -84,25 +85,25 @@ struct WarpgroupProduct;  // shared: both operands in shared memory; own: the le
 #define VK_NAMES_224 VK_NAMES_208 ", %104, %105, %106, %107, %108, %109, %110, %111"
 #define VK_NAMES_240 VK_NAMES_224 ", %112, %113, %114, %115, %116, %117, %118, %119"
 #define VK_NAMES_256 VK_NAMES_240 ", %120, %121, %122, %123, %124, %125, %126, %127"
-#define VK_WGMMA(T, type, N, A, B, KEEP, W1, W2, W3, KK)                                                                                \
-  template <>                                                                                                                      \
-  struct WarpgroupProduct<T, N> {                                                                                                  \
-    template <bool A_ACROSS, bool B_ACROSS>                                                                                        \
-    static VK_DEVICE void shared(Accumulator (&c)[N / 8], Described a, Described b, bool keep) {                                   \
-      asm volatile("{\n\t.reg .pred keep;\n\tsetp.ne.b32 keep, " KEEP ", 0;\n\t"                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" VK_NAMES_##N "}, " A ", " B                \
-                   ", keep, 1, 1, " W1 ", " W2 ";\n\t}"                                                                             \
-                   : VK_SUMS_##N : "l"(a.bits), "l"(b.bits), "r"(i32(keep)), "n"(i32(A_ACROSS)), "n"(i32(B_ACROSS)) : "memory");   \
-    }                                                                                                                              \
-    template <bool B_ACROSS>                                                                                                       \
-    static VK_DEVICE void own(Accumulator (&c)[N / 8], const FragmentA<T>& a, Described b, bool keep) {                            \
-      asm volatile("{\n\t.reg .pred keep;\n\tsetp.ne.b32 keep, " KK ", 0;\n\t"                                                      \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" VK_NAMES_##N "}, {" A ", " B ", " KEEP ", " \
-                   W1 "}, " W2 ", keep, 1, 1, " W3 ";\n\t}"                                                                         \
-                   : VK_SUMS_##N                                                                                                   \
-                   : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "l"(b.bits), "r"(i32(keep)), "n"(i32(B_ACROSS))           \
-                   : "memory");                                                                                                    \
-    }                                                                                                                              \
+#define VK_WGMMA(T, type, N, A, B, KEEP, W1, W2, W3, KK)                                                                                  \
+  template <>                                                                                                                             \
+  struct WarpgroupProduct<T, N> {                                                                                                         \
+    template <bool A_ACROSS, bool B_ACROSS>                                                                                               \
+    static VK_DEVICE void shared(Accumulator (&c)[N / 8], Described a, Described b, bool keep) {                                          \
+      asm volatile("{\n\t.reg .pred keep;\n\tsetp.ne.b32 keep, " KEEP ", 0;\n\t"                                                          \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" VK_NAMES_##N "}, " A ", " B                       \
+                   ", keep, 1, 1, " W1 ", " W2 ";\n\t}"                                                                                   \
+                   : VK_SUMS_##N : "l"(a.bits), "l"(b.bits), "r"(i32(keep)), "n"(i32(A_ACROSS)), "n"(i32(B_ACROSS)) : "memory");          \
+    }                                                                                                                                     \
+    template <bool B_ACROSS>                                                                                                              \
+    static VK_DEVICE void own(Accumulator (&c)[N / 8], const FragmentA<T>& a, Described b, bool keep) {                                   \
+      asm volatile("{\n\t.reg .pred keep;\n\tsetp.ne.b32 keep, " KK ", 0;\n\t"                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" VK_NAMES_##N "}, {" A ", " B ", " KEEP ", "       \
+                   W1 "}, " W2 ", keep, 1, 1, " W3 ";\n\t}"                                                                               \
+                   : VK_SUMS_##N                                                                                                          \
+                   : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "l"(b.bits), "r"(i32(keep)), "n"(i32(B_ACROSS))                  \
+                   : "memory");                                                                                                           \
+    }                                                                                                                                     \
   };
 VK_WGMMA(bf16, "bf16", 16, "%8", "%9", "%10", "%11", "%12", "%14", "%13")
 VK_WGMMA(f16, "f16", 16, "%8", "%9", "%10", "%11", "%12", "%14", "%13")
