@@ -14,6 +14,7 @@ CXX, CPPFLAGS, CXXFLAGS, LDFLAGS and (macOS) ARCHFLAGS are honoured.
 
 csrc/cuda ships as sources, which are compiled where they run. VIDKERN_CUDA_ARCHS="80;90" compiles them for these compute capabilities now,
 into vidkern/_cubins, with the nvcc of CUDACXX, of the PATH or of CUDA_HOME; without one, or with sources that it does not take, it fails.
+Sources named *_hopper* are compiled for sm_90a, where 90 (or 90a, which means the same) is asked for.
 """
 
 import importlib.util
@@ -291,7 +292,7 @@ def build_cuda():
     archs = list(dict.fromkeys(re.split(r"[;,\s]+", asked.strip()))) if asked.strip() else []
     if not archs:
         return [], None
-    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}", arch)]
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}|90a", arch)]
     if wrong:
         raise PlatformError(f"VIDKERN_CUDA_ARCHS={asked!r}: {wrong[0]!r}, expected compute capabilities such as 80;90")
     nvcc = find_nvcc()
@@ -318,7 +319,7 @@ def build_cuda():
         os.replace(fresh, made)
         return made, None
 
-    jobs = [(source, arch) for source in sorted((csrc / "cuda").glob("*.cu")) for arch in archs]
+    jobs = [(source, arch) for source in sorted((csrc / "cuda").glob("*.cu")) for arch in sources.archs_of(source.stem, archs)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(pool.map(one, jobs))
     for (source, arch), (_, complaint) in zip(jobs, done):

@@ -33,12 +33,18 @@ static int launch(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, u
   launches += parameters != 0 && parameters[0] != 0;
   return 0;
 }
+static int encode(uint64_t* map, int type, unsigned rank, void* at, const uint64_t* sizes, const uint64_t* strides, const unsigned* box,
+                  const unsigned* steps, int interleave, int swizzle, int promotion, int fill) {
+  map[0] = (uint64_t)at;
+  return 0;
+}
 unsigned long vk_launches(void) { return launches; }
 int cuGetProcAddress_v2(const char* name, void** found, int version, uint64_t flags, int* status) {
   static const struct { const char* name; void* call; } calls[] = {
       {"cuInit", (void*)nothing}, {"cuCtxSetCurrent", (void*)nothing}, {"cuFuncSetAttribute", (void*)nothing},
       {"cuDeviceGet", (void*)number}, {"cuDriverGetVersion", (void*)number}, {"cuDevicePrimaryCtxRetain", (void*)handle},
       {"cuModuleLoadData", (void*)handle}, {"cuModuleGetFunction", (void*)handle}, {"cuLaunchKernel", (void*)launch},
+      {"cuTensorMapEncodeTiled", (void*)encode},
       {"cuGetProcAddress", (void*)cuGetProcAddress_v2}};
   *found = 0;
   for (unsigned i = 0; i < sizeof calls / sizeof *calls; ++i)
@@ -76,8 +82,10 @@ def on_cpu_tensors() -> Iterator:
     driver._current, driver._stream = (lambda: -1), (lambda device: 0)
     driver.capturing, driver.capability, driver.on = (lambda device: False), (lambda device: (9, 0)), contextlib.nullcontext
     launcher = cuda.Launcher(driver)
-    with mock.patch.object(cuda, "launch", launcher), mock.patch.object(cuda, "why_not", lambda t: None), \
-            mock.patch("vidkern.cuda.cubins.candidates", lambda stem, capability: iter([b"no code"])):  # fmt: skip
+    with contextlib.ExitStack() as patches:
+        for name, stand_in in (("launch", launcher), ("why_not", lambda t: None), ("why_not_hopper", lambda t: None)):
+            patches.enter_context(mock.patch.object(cuda, name, stand_in))
+        patches.enter_context(mock.patch("vidkern.cuda.cubins.candidates", lambda stem, capability: iter([b"no code"])))
         yield launcher
 
 
@@ -99,10 +107,15 @@ def measure(rounds: int = 25) -> dict:
         forward()
         function, slot = launch._kernels[-1, name].function, (ctypes.c_void_p * 1)(ctypes.addressof(given))
         call = launch._driver._launch_kernel
+        # As of k in the launchers for compute capability 9.0: channels, tokens, heads, samples.
+        sizes, strides, box = (64, 96, 2, 1), (64, 96 * 64, 2 * 96 * 64), (64, 64, 1, 1)
+        numbers = (k.get_device(), k.data_ptr(), k.dtype, sizes, strides, box)
         rows = overhead.measure(
             {
                 "cuLaunchKernel of cuda.bindings": lambda: call(function, 8, 1, 1, 128, 1, 1, 0, 0, ctypes.addressof(slot), 0),
                 "the launch layer": lambda: launch(name, given, 8, 128, 60_000, [q, k, v], [out, lse]),
+                "a tensor map that is kept": lambda: launch.tensor_map(k, sizes, strides, box),
+                "a tensor map that is encoded": lambda: launch._encode(*numbers),
                 "grid attention's launcher": forward,
                 "vidkern.grid_attention": lambda: vidkern.grid_attention(q, k, v, grid=(3, 2), impl="cuda"),
             },

@@ -98,13 +98,29 @@ VK_DEVICE void product(Accumulator (&s)[N / 8], const Tile<DIM>& a, i32 row, con
   }
 }
 
-// out += P B of the N rows of B from row `first`. With PART, only in the rows that see them: P is 0 for the others, but 0 times a NaN that
-// only others see is NaN.
-template <typename T, i32 DIM, i32 N, bool PART>
-VK_DEVICE void gather(Accumulator (&out)[DIM / 8], const Accumulator (&p)[N / 8], const Tile<DIM>& b, i32 first, const bool (&sees)[2]) {
-  FragmentA<T> left[N / 16];
+// What the rounding of two neighbouring accumulators to the operand `kept` took from them, as an operand of its own.
+template <typename T>
+VK_DEVICE FragmentA<T> remainder(const FragmentA<T>& kept, const Accumulator& left, const Accumulator& right) {
+  using N = Number<T>;
+  FragmentA<T> r;
   VK_UNROLL
-  for (i32 n = 0; n < N / 16; ++n) left[n] = as_operand<T>(p[2 * n], p[2 * n + 1]);
+  for (i32 h = 0; h < 2; ++h) {
+    r.w[h] = N::pack(left.v[2 * h] - N::low(kept.w[h]), left.v[2 * h + 1] - N::high(kept.w[h]));
+    r.w[h + 2] = N::pack(right.v[2 * h] - N::low(kept.w[h + 2]), right.v[2 * h + 1] - N::high(kept.w[h + 2]));
+  }
+  return r;
+}
+
+// out += P B of the N rows of B from row `first`. With PART, only in the rows that see them: P is 0 for the others, but 0 times a NaN that
+// only others see is NaN. With WHOLE, P enters with what its rounding to T takes away, by a second product.
+template <typename T, i32 DIM, i32 N, bool PART, bool WHOLE = false>
+VK_DEVICE void gather(Accumulator (&out)[DIM / 8], const Accumulator (&p)[N / 8], const Tile<DIM>& b, i32 first, const bool (&sees)[2]) {
+  FragmentA<T> left[N / 16], rest[WHOLE ? N / 16 : 1];
+  VK_UNROLL
+  for (i32 n = 0; n < N / 16; ++n) {
+    left[n] = as_operand<T>(p[2 * n], p[2 * n + 1]);
+    if constexpr (WHOLE) rest[n] = remainder(left[n], p[2 * n], p[2 * n + 1]);
+  }
   VK_UNROLL
   for (i32 d = 0; d < DIM / 8; d += 2) {
     Accumulator part[2];
@@ -116,6 +132,10 @@ VK_DEVICE void gather(Accumulator (&out)[DIM / 8], const Accumulator (&p)[N / 8]
     for (i32 n = 0; n < N / 16; ++n) {
       FragmentB<T> right[2];
       b.template right_transposed<T>(right, first + n * 16, d);
+      if constexpr (WHOLE) {
+        multiply_add(part[0], rest[n], right[0]);
+        multiply_add(part[1], rest[n], right[1]);
+      }
       multiply_add(part[0], left[n], right[0]);
       multiply_add(part[1], left[n], right[1]);
     }

@@ -9,6 +9,10 @@ from cuda.bindings import driver as real
 
 from vidkern.cuda.driver import Driver
 
+ENCODE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p,
+    *[ctypes.POINTER(ctypes.c_uint64)] * 2, *[ctypes.POINTER(ctypes.c_uint32)] * 2, *[ctypes.c_int] * 4,
+)  # fmt: skip
 OK = real.CUresult.CUDA_SUCCESS
 
 
@@ -18,15 +22,17 @@ class FakeCuda:
     Attributes:
         calls: (name, arguments) in order, but for launches.
         launches: what each was given: kernel, blocks, threads, shared, stream, address of the parameters.
+        maps: what each tensor map was encoded from, read as CUDA reads it.
         fails: name of a call -> errors that its next calls give.
-        run: called with each launch.
+        run, encode: called with each launch; with each tensor map, whose 128 bytes it returns (otherwise its number, from 1 on).
     """
 
-    CUfunction_attribute = real.CUfunction_attribute
+    CUfunction_attribute, CUresult = real.CUfunction_attribute, real.CUresult
 
     def __init__(self):
-        self.calls, self.launches, self.fails = [], [], {}
-        self.run = None
+        self.calls, self.launches, self.maps, self.fails = [], [], [], {}
+        self.run = self.encode = None
+        self._encode = ENCODE(self._encode_tiled)
         self._contexts = threading.local()
         self._names = {}
 
@@ -66,6 +72,27 @@ class FakeCuda:
     def cuFuncSetAttribute(self, function, attribute, value):
         assert attribute == real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         return self._answer("cuFuncSetAttribute", (self._names[function], value))
+
+    def cuGetProcAddress(self, symbol, version, flags):
+        assert (symbol, version, flags) == (b"cuTensorMapEncodeTiled", 12000, 0)
+        address = ctypes.cast(self._encode, ctypes.c_void_p).value
+        return self._answer("cuGetProcAddress", (symbol,), address, real.CUdriverProcAddressQueryResult(0))
+
+    def _encode_tiled(self, to, kind, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill):
+        waiting = self.fails.get("cuTensorMapEncodeTiled")
+        if waiting:
+            return waiting.pop(0)
+        given = SimpleNamespace(
+            to=to, kind=real.CUtensorMapDataType(kind).name.rpartition("_")[2], address=address, sizes=tuple(sizes[:rank]),
+            strides=tuple(strides[: rank - 1]), box=tuple(box[:rank]), steps=tuple(steps[:rank]),
+            interleave=real.CUtensorMapInterleave(interleave).name, swizzle=real.CUtensorMapSwizzle(swizzle).name,
+            promotion=real.CUtensorMapL2promotion(promotion).name, fill=real.CUtensorMapFloatOOBfill(fill).name,
+        )  # fmt: skip
+        self.maps.append(given)
+        code = self.encode(given) if self.encode else len(self.maps).to_bytes(128, "little")
+        assert len(code) == 128
+        ctypes.memmove(to, code, 128)
+        return 0
 
     def cuLaunchKernel(self, function, bx, by, bz, tx, ty, tz, shared, stream, parameters, extra):
         assert (by, bz, ty, tz, extra) == (1, 1, 1, 1, 0)

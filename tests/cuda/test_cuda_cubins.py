@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,34 @@ def csrc(monkeypatch, tmp_path):
     (folder / "cuda" / "tiny.cu").write_text('#include "device/n.h"\nextern "C" __global__ void tiny_set(int* p) { *p = N; }\n')
     monkeypatch.setattr(cubins.sources, "folder", lambda: folder)
     return folder
+
+
+HOPPER = """
+#include "hopper.h"
+struct Given { vk::TensorMap map; float* c; };
+VK_KERNEL(128) VK_CLUSTER(2) tiny_hopper(const VK_PARAMETER Given p) {
+  using namespace vk;
+  const hopper::Panels<64, 64> a{shared_at<u8>(1024)};
+  if (thread_index() == 0) copy_box(a.base, p.map, 0, 0, shared_at<u64>(0));
+  Accumulator c[2] = {};
+  products_begin();
+  warpgroup_product<bf16, 16>(c, a.depth_along(0, 0), a.depth_along(0, 0), false);
+  products_commit(), products_wait<0>();
+  store(p.c + thread_index(), c[0].v[0]);
+}
+"""
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """Our headers, and a source for compute capability 9.0 alone beside one for any."""
+    folder = tmp_path / "csrc"
+    shutil.copytree(cubins.sources.folder(), folder)
+    [path.unlink() for path in (folder / "cuda").glob("*.cu")]
+    (folder / "cuda" / "tiny_hopper.cu").write_text(HOPPER)
+    (folder / "cuda" / "tiny.cu").write_text('extern "C" __global__ void tiny_set(int* p) { *p = 1; }\n')
+    monkeypatch.setattr(cubins.sources, "folder", lambda: folder)
+    monkeypatch.setattr(cubins.sources, "AHEAD", tmp_path / "ahead")
 
 
 def kernels(code):
@@ -64,7 +93,10 @@ def test_every_source_compiles(monkeypatch):
     monkeypatch.setenv("VIDKERN_CACHE", str(Path(__file__).parents[2] / "build" / "nvrtc"))
     with ThreadPoolExecutor(2) as pool:
         made = pool.map(lambda stem: cubins.kept(stem, (9, 0))[0], STEMS)
-        assert all(holds_what_is_declared(stem, code) for stem, code in zip(STEMS, made))
+        for stem, code in zip(STEMS, made):
+            for kernel in holds_what_is_declared(stem, code):
+                # What every driver for the kernels takes; docs/cuda.md promises it.
+                assert 0 < parameter_bytes(code, kernel) <= 4096, kernel
 
 
 def test_nothing_but_our_headers_is_included():
@@ -128,6 +160,54 @@ def test_sources_are_made_ready_together(csrc, cache):
     assert cubins.make_ready(["tiny"], (9, 0))["tiny"]["from"] == "cache"
 
 
+# ---- compute capability 9.0 alone -------------------------------------------------------------------------------------------
+def test_a_hopper_source_is_compiled_for_90a(hopper, cache):
+    """With clusters, tensor maps in parameters and products of a warpgroup; plain sm_90 has no such products."""
+    code, compiled = cubins.kept("tiny_hopper", (9, 0))
+    assert compiled and kernels(code) == {"tiny_hopper"} and [path.name.partition(".")[2] for path in cache.iterdir()] == ["sm_90a.cubin"]
+    # A tensor map and an address, up to the alignment of the map.
+    assert parameter_bytes(code, "tiny_hopper") == 192
+    with pytest.raises(RuntimeError, match="tiny_hopper.cu: NVRTC .* does not compile it for sm_90: "):
+        cubins.compile("tiny_hopper", "90")
+    assert list(cubins.candidates("tiny_hopper", (9, 0))) == [code]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_capabilities_have_nothing_of_it(hopper, cache, capability, monkeypatch):
+    monkeypatch.setattr(cubins, "compile", lambda stem, arch: f"{stem} {arch}".encode())
+    with pytest.raises(RuntimeError, match=r"^tiny_hopper.cu: compute capability \d+\.[09], expected 9.0$"):
+        next(cubins.candidates("tiny_hopper", capability))
+    assert set(cubins.make_ready(["tiny", "tiny_hopper"], capability)) == {"tiny"}
+    assert set(cubins.make_ready(["tiny", "tiny_hopper"], (9, 0))) == {"tiny", "tiny_hopper"}
+
+
+def test_which_architectures_a_build_is_for():
+    """90 and 90a mean the same: each source is compiled for the one that it is for."""
+    of = cubins.sources.archs_of
+    for asked in (["80", "90"], ["80", "90a"], ["80", "90", "90a"], ["80", "90a", "90"]):
+        assert of("tiny", asked) == ["80", "90"] and of("tiny_hopper_backward", asked) == ["90a"]
+    assert of("tiny", ["80", "100"]) == ["80", "100"] and of("tiny_hopper", ["80", "100"]) == []
+
+
+def test_what_the_package_brings_of_it(hopper, monkeypatch):
+    """Each kind of source by its own architecture, whatever else is there; what is for any device does not vouch for it."""
+    monkeypatch.setattr(cubins, "missing_compiler", lambda: "no NVRTC")
+    folder = cubins.sources.AHEAD
+    folder.mkdir()
+
+    def bring(stem, arch):
+        (folder / cubins.sources.ahead_name(cubins.path_of(stem), cubins.sources.folder(), arch)).write_bytes(f"{stem} {arch}".encode())
+
+    bring("tiny", "80"), bring("tiny", "90")
+    assert cubins.built_ahead((9, 0)) and not cubins.built_ahead((9, 0), hopper=True)
+    bring("tiny_hopper", "90a")
+    assert cubins.archs_ahead() == ["80", "90", "90a"] and cubins.built_ahead((9, 0), hopper=True)
+    assert cubins.ahead("tiny_hopper", (9, 0)) == b"tiny_hopper 90a" and cubins.ahead("tiny", (9, 0)) == b"tiny 90"
+    for capability in ((8, 0), (9, 1), (10, 0)):
+        assert cubins.ahead("tiny_hopper", capability) is None and not cubins.built_ahead(capability, hopper=True)
+    assert cubins.built_ahead((9, 1)) and cubins.ahead("tiny", (9, 1)) == b"tiny 90"
+
+
 # ---- what goes wrong --------------------------------------------------------------------------------------------------
 def test_a_complaint_names_the_source_the_architecture_and_the_mistake(csrc):
     (csrc / "cuda" / "broken.cu").write_text('\nextern "C" __global__ void f() { undeclared(); }\n')
@@ -162,9 +242,12 @@ def test_the_experimental_name_of_older_releases(monkeypatch):
 
 # ---- the structures ---------------------------------------------------------------------------------------------------
 def parameter_bytes(code, kernel):
-    """Size of the parameters that a cubin says a kernel takes: of attribute EIATTR_PARAM_CBANK in its section of facts."""
-    at = code.index(b"\x04\x0a\x08\x00", section(code, f".nv.info.{kernel}")[0])
-    return int.from_bytes(code[at + 10 : at + 12], "little")
+    """Size of the one parameter that a cubin says a kernel takes: of attribute EIATTR_KPARAM_INFO in its section of facts, whose last
+    word holds it above 18 bits."""
+    begin, size = section(code, f".nv.info.{kernel}")
+    assert code.count(b"\x04\x17\x0c\x00", begin, begin + size) == 1
+    at = code.index(b"\x04\x17\x0c\x00", begin)
+    return int.from_bytes(code[at + 12 : at + 16], "little") >> 18
 
 
 def section(code, name):

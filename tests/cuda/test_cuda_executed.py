@@ -1,11 +1,11 @@
-"""The whole way of ``impl="cuda"`` but for the hardware: op, launcher, launch layer, the driver's call, and the kernel, executed."""
+"""The whole way of hand-written kernels but for the hardware: op, launcher, launch layer, the driver's calls, and the kernel, executed."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_cuda import FakeCuda, FakeDriver
-from harness import CSRC, KernelError, Program
+from harness import CSRC, KernelError, Program, tensor_map
 
 import vidkern
 from vidkern import cuda, registry
@@ -14,12 +14,18 @@ from vidkern.cuda.launcher import source_of
 from vidkern.verify import accuracy, command, rooms
 
 
+def encode(given) -> bytes:
+    """The executor's tensor map, of what the driver was asked for."""
+    there = SimpleNamespace(data_ptr=lambda: given.address, element_size=lambda: 2, dtype=None)
+    return bytes(tensor_map(there, given.sizes, [step // 2 for step in given.strides], given.box))
+
+
 class Executing(cuda.Launcher):
     """The launch layer over a driver whose launches run in the executor, which is told the tensors that a kernel may touch."""
 
     def __init__(self):
         self.cu, self.programs, self.may = FakeCuda(), {}, None
-        self.cu.run = self._run
+        self.cu.run, self.cu.encode = self._run, encode
         super().__init__(FakeDriver(self.cu))
 
     def __call__(self, name, parameters, blocks, threads, shared, reads, writes):
@@ -42,6 +48,7 @@ def executing(monkeypatch, tmp_path):
     monkeypatch.setenv("VIDKERN_CACHE", str(tmp_path))
     monkeypatch.setattr(cubins, "compile", lambda stem, arch: stem.encode())
     monkeypatch.setattr(cuda, "why_not", lambda t: None)
+    monkeypatch.setattr(cuda, "why_not_hopper", lambda t: None)
     launcher = Executing()
     monkeypatch.setattr(cuda, "launch", launcher)
     registry.ops()
@@ -85,6 +92,18 @@ def test_parameters_that_lie_are_noticed(executing, monkeypatch):
     monkeypatch.setattr("vidkern.cuda.driver.ctypes.addressof", lambda p: address(p) + (8 if isinstance(p, cuda.launcher.ctypes.Structure) else 0))
     with pytest.raises(KernelError):
         attend("cuda")
+
+
+def test_the_executor_and_the_driver_are_asked_for_the_same_tensor_maps(executing):
+    """The same arguments lead to the same map: what the kernels were executed with is what a driver would encode."""
+    t = torch.zeros(2, 3, 40, 80, dtype=torch.float16).transpose(1, 2)[:, 3:]
+    cases = [
+        ((80, 37, 3, 2), (t.stride(1), t.stride(2), t.stride(0)), (64, 37, 1, 1)), ((80, 37), (t.stride(1),), (64, 256)),
+        ((80,), (), (64,)), ((8, 2, 3, 4, 5), (8, 16, 24, 80), (64, 1, 2, 3, 4)),
+    ]  # fmt: skip
+    for case in cases:
+        assert bytes(executing.tensor_map(t, *case)) == bytes(tensor_map(t, *case)), case
+    assert {given.swizzle for given in executing.cu.maps} == {"CU_TENSOR_MAP_SWIZZLE_128B"} and len(executing.cu.maps) == len(cases)
 
 
 def test_what_it_cannot_serve_is_left_out_of_a_verification(executing, monkeypatch):

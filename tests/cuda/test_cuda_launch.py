@@ -303,6 +303,23 @@ def test_what_is_missing_is_said(fresh, monkeypatch, tmp_path, changes, message)
         vidkern.grid_attention(*fakes(), grid=(2, 3), impl="cuda")
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 1), (10, 0)])
+def test_kernels_for_90_alone_are_offered_there_alone(fresh, monkeypatch, tmp_path, capability):
+    monkeypatch.setattr(cubins.sources, "AHEAD", tmp_path / "ahead")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    t = fakes()[0]
+    assert cuda.why_not_hopper(t) == "the GPU's compute capability is {}.{}, expected 9.0".format(*capability) and cuda.why_not(t) is None
+    assert cuda.why_not_hopper(torch.zeros(1)) == "tensors are on cpu, it serves cuda"
+    cuda._missing.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert cuda.why_not_hopper(t) is None
+    cuda._missing.cache_clear()
+    monkeypatch.setattr(cubins, "missing_compiler", lambda: "NVRTC cannot be loaded")
+    bring(tmp_path, "90")
+    assert cuda.why_not_hopper(t) == "NVRTC cannot be loaded" and cuda.why_not(t) is None
+
+
 def test_without_nvrtc_what_the_package_brings_is_enough(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(cubins.sources, "AHEAD", tmp_path / "ahead")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -8,16 +8,15 @@
 // * .sync.aligned instructions are executed by all 32 lanes alike ("warp-level matrix instructions"); barriers by as many as they name.
 // * 16-byte accesses are aligned; global accesses stay inside the tensors that the launch names; nothing is read before it is written;
 //   no two threads write one global address, or read what another wrote, in one launch.
-#include "executor.h"
+//
+// This file holds the scheduler and what is known by whom; executor_memory.cpp memory, executor_warp.cpp what warps do together,
+// executor_async.cpp barriers in shared memory, clusters and registers, executor_boxes.cpp copies of boxes, executor_warpgroup.cpp the
+// products of warpgroups. The blocks of a cluster run together.
+#include "executor_state.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
-#include <string>
-#include <unordered_map>
-#include <vector>
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #error "the executor's context switch is written for x86-64 and AArch64"
@@ -86,206 +85,31 @@ extern "C" void vk_switch(void** save, void* to);
 
 namespace vk {
 namespace model {
+
+Cluster* cluster;
+Fiber* self;
+Counts counts;
+std::string failure;
+
 namespace {
 
-constexpr uint32_t LANES = 32, BARRIERS = 16, CELL = 2;  // bytes per cell of shared memory
-constexpr size_t STACK = 64 << 10;
+constexpr size_t STACK = 256 << 10;
 constexpr int SWITCH_ONE_IN = 16;  // memory accesses
 
-struct Cell {
-  int32_t writer = -1;  // none yet
-  uint32_t clock = 0;
-  bool under_way = false;  // an asynchronous copy into it
-  bool read = false;       // since it was written
-  Where at{}, last_read{};  // at: of the write, or of the copy
-};
-struct Copy {
-  uint32_t to, bytes, group;
-  const uint8_t* from;
-  Where at;
-};
-struct Fiber {
-  void* sp = nullptr;
-  uint32_t index = 0;
-  bool done = false;
-  const char* waits_for = nullptr;
-  Where at{};
-  std::vector<uint32_t> clock;
-  std::vector<Copy> copies;
-  uint32_t group = 0;
-};
-struct Meeting {  // of the lanes of a warp
-  const char* what = nullptr;
-  Where at{};
-  uint32_t arrived = 0;
-  void* operand[LANES];
-};
-struct Barrier {
-  uint32_t expected = 0;
-  Where at{};
-  std::vector<uint32_t> arrived;
-};
-struct Span {
-  uint64_t begin, bytes, writable;
-};
-struct Counts {
-  uint64_t products, matrix_loads, copies, barriers;
-};
-
-struct Block {
-  std::vector<Fiber> fibers;
-  std::vector<Cell> cells;
-  std::vector<uint8_t> shared;
-  std::vector<Meeting> meetings;
-  Barrier barriers[BARRIERS];
-  std::vector<uint32_t> ready;
-  uint32_t index = 0;
-};
-
-Block* block;
-std::vector<uint32_t> read_clocks;  // [cells, threads]: when a thread last read a cell that says it was read; 0: not since it was written
-Fiber* self;
 void* scheduler_sp;
 uint8_t* stacks;
 uint32_t stacks_for;
 void (*kernel)(const void*);
 const void* parameters;
-const Span* spans;
-uint32_t span_count;
-std::unordered_map<uint64_t, uint64_t> writers;  // of global memory: two-byte address -> thread of the launch
 uint64_t random_state;
-std::string failure;
-Counts counts;
-
-uint64_t draw() {
-  random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
-  return random_state;
-}
-
-std::string text(Where at) {
-  const char* name = std::strrchr(at.file, '/');
-  return std::string(name ? name + 1 : at.file) + ":" + std::to_string(at.line);
-}
-
-void leave() { vk_switch(&self->sp, scheduler_sp); }
-
-[[noreturn]] void fail(const std::string& what) {
-  if (failure.empty()) failure = "block " + std::to_string(block->index) + ", thread " + std::to_string(self->index) + ": " + what;
-  for (;;) leave();  // never chosen again
-}
-
-void perhaps_switch() {
-  if (draw() % SWITCH_ONE_IN == 0) {
-    block->ready.push_back(self->index);
-    leave();
-  }
-}
-
-void wait_for(const char* what, Where at) {
-  self->waits_for = what, self->at = at;
-  leave();
-  self->waits_for = nullptr;
-}
-
-void release(uint32_t thread) { block->ready.push_back(thread); }
-
-void join(const std::vector<uint32_t>& threads) {
-  std::vector<uint32_t> all(block->fibers.size(), 0);
-  for (uint32_t t : threads)
-    for (size_t i = 0; i < all.size(); ++i)
-      if (block->fibers[t].clock[i] > all[i]) all[i] = block->fibers[t].clock[i];
-  for (uint32_t t : threads) {
-    block->fibers[t].clock = all;
-    block->fibers[t].clock[t] += 1;
-  }
-}
-
-// All lanes of the warp come with an operand; the last one runs `act` on them.
-template <typename Act>
-void meet(const char* what, Where at, void* operand, Act act) {
-  const uint32_t warp = self->index / LANES, lane = self->index % LANES;
-  Meeting& m = block->meetings[warp];
-  if (m.arrived == 0) {
-    m.what = what, m.at = at;
-  } else if (m.what != what || m.at.line != at.line || m.at.file != at.file) {  // literals: one address each
-    fail(std::string("the lanes of a warp part: ") + m.what + " at " + text(m.at) + " and " + what + " at " + text(at));
-  }
-  m.operand[lane] = operand;
-  if (++m.arrived < LANES) return wait_for(what, at);
-  act(m.operand);
-  m.arrived = 0;
-  for (uint32_t l = 0; l < LANES; ++l)
-    if (l != lane) release(warp * LANES + l);
-}
-
-[[noreturn]] void fail_order(const Fiber& who, const Cell& c, bool writing, uint32_t byte, Where at) {
-  const std::string access = (writing ? "write of shared byte " : "read of shared byte ") + std::to_string(byte) + " at " + text(at);
-  if (c.under_way) fail(access + " while the copy asked for at " + text(c.at) + " is under way");
-  if (c.writer >= 0 && who.clock[c.writer] < c.clock)
-    fail("race: " + access + " and write by thread " + std::to_string(c.writer) + " at " + text(c.at) + ", no barrier between");
-  fail("race: " + access + " and a read, no barrier between (last read at " + text(c.last_read) + ")");
-}
-
-void check_order(const Fiber& who, const Cell& c, bool writing, uint32_t byte, Where at) {
-  if (c.under_way || (c.writer >= 0 && who.clock[c.writer] < c.clock)) fail_order(who, c, writing, byte, at);
-  if (!writing || !c.read) return;
-  const uint32_t threads = uint32_t(block->fibers.size());
-  const uint32_t* reads = read_clocks.data() + size_t(byte / CELL) * threads;
-  const uint32_t* known = who.clock.data();
-  uint32_t unordered = 0;
-  for (uint32_t t = 0; t < threads; ++t) unordered |= uint32_t(reads[t] > known[t]);
-  if (unordered) fail_order(who, c, writing, byte, at);
-}
-
-void check_shared(uint32_t byte, uint32_t bytes, Where at) {
-  if (byte % (bytes < 16 ? bytes : 16)) fail("shared byte " + std::to_string(byte) + " at " + text(at) + " is not aligned to " + std::to_string(bytes));
-  if (uint64_t(byte) + bytes > block->shared.size())
-    fail("shared byte " + std::to_string(byte + bytes - 1) + " at " + text(at) + ", only " + std::to_string(block->shared.size()) + " are there");
-}
-
-void check_aligned(const void* p, uint32_t bytes, Where at) {
-  if (reinterpret_cast<uint64_t>(p) % bytes) fail("global address at " + text(at) + " is not aligned to " + std::to_string(bytes) + " bytes");
-}
-
-void check_global(const void* p, uint32_t bytes, bool writing, Where at) {
-  const uint64_t a = reinterpret_cast<uint64_t>(p);
-  for (uint32_t i = 0; i < span_count; ++i)
-    if (a >= spans[i].begin && a + bytes <= spans[i].begin + spans[i].bytes) {
-      if (writing && !spans[i].writable) fail("write to an input, tensor " + std::to_string(i) + ", at " + text(at));
-      return;
-    }
-  fail(std::string(writing ? "write" : "read") + " of " + std::to_string(bytes) + " global bytes outside every tensor, at " + text(at));
-}
-
-void check_read(const Fiber& who, uint32_t byte, Where at) { check_order(who, block->cells[byte / CELL], false, byte, at); }
-
-void record_read(const Fiber& who, uint32_t byte, uint32_t bytes, Where at) {
-  for (uint32_t i = byte / CELL; i < (byte + bytes + CELL - 1) / CELL; ++i) {
-    Cell& c = block->cells[i];
-    check_order(who, c, false, i * CELL, at);
-    if (c.writer < 0) fail("read of shared byte " + std::to_string(i * CELL) + " at " + text(at) + ", which nothing was written to");
-    uint32_t* reads = read_clocks.data() + size_t(i) * block->fibers.size();
-    if (!c.read) std::fill(reads, reads + block->fibers.size(), 0u);
-    reads[who.index] = who.clock[who.index];
-    c.read = true, c.last_read = at;
-  }
-}
-
-void record_write(uint32_t byte, uint32_t bytes, bool under_way, Where at) {
-  for (uint32_t i = byte / CELL; i < (byte + bytes + CELL - 1) / CELL; ++i) {
-    Cell& c = block->cells[i];
-    check_order(*self, c, true, i * CELL, at);
-    c.writer = int32_t(self->index), c.clock = self->clock[self->index], c.at = at, c.under_way = under_way;
-    c.read = false;
-  }
-}
-
-uint64_t launch_thread() { return uint64_t(block->index) * block->fibers.size() + self->index; }
+uint64_t box_one_in;  // how eagerly copies of boxes end while threads can run
 
 void trampoline() {
   kernel(parameters);
   if (!self->copies.empty()) fail("ends while the copy asked for at " + text(self->copies[0].at) + " is under way");
+  check_products();
   self->done = true;
+  self->block->running -= 1;
   for (;;) leave();
 }
 
@@ -303,285 +127,228 @@ void start(Fiber& f, uint8_t* stack) {
   f.sp = top;
 }
 
-void run_block() {
-  Block& b = *block;
+std::string waiting(const Fiber& f) {
+  std::string what = std::string(f.waits_for ? f.waits_for : "nothing") + " at " + text(f.at);
+  if (const MemoryBarrier* b = f.waits_at)
+    what += " (shared byte " + std::to_string(b->byte) + " of block " + std::to_string(b->rank) + " of the cluster, made at " +
+            text(b->made) + " for " + std::to_string(b->made_for) + "; " + std::to_string(b->phase) + " phases have ended, this one lacks " +
+            std::to_string(b->arrivals) + " arrivals and " + std::to_string(b->bytes) + " bytes)";
+  return what;
+}
+
+// Nobody can go on: who waits for what, each thing once.
+void tell_deadlock() {
+  std::string all;
+  std::vector<std::string> told;
+  for (Fiber& f : cluster->fibers) {
+    if (f.done) continue;
+    const std::string what = waiting(f);
+    if (std::find(told.begin(), told.end(), what) != told.end()) continue;
+    if (told.empty()) self = &f;
+    all += (told.empty() ? "waits for ever for " : "; thread " + std::to_string(f.index) + " for ") + what;
+    told.push_back(what);
+    if (told.size() == 6) break;
+  }
+  if (!told.empty()) tell(all);
+}
+
+void run_cluster() {
+  Cluster& c = *cluster;
   while (failure.empty()) {
-    if (b.ready.empty()) break;
-    const size_t pick = draw() % b.ready.size();
-    const uint32_t t = b.ready[pick];
-    b.ready[pick] = b.ready.back(), b.ready.pop_back();
-    self = &b.fibers[t];
+    if (!c.boxes.empty() && (c.ready.empty() || draw() % box_one_in == 0)) {
+      finish_a_box();
+      continue;
+    }
+    if (c.ready.empty()) break;
+    const size_t pick = draw() % c.ready.size();
+    const uint32_t t = c.ready[pick];
+    c.ready[pick] = c.ready.back(), c.ready.pop_back();
+    self = &c.fibers[t];
     vk_switch(&scheduler_sp, self->sp);
   }
-  if (!failure.empty()) return;
-  for (Fiber& f : b.fibers)
-    if (!f.done) {
-      self = &f;
-      failure = "block " + std::to_string(b.index) + ": thread " + std::to_string(f.index) + " waits for ever for " +
-                (f.waits_for ? f.waits_for : "nothing") + " at " + text(f.at);
-      return;
-    }
+  if (failure.empty()) tell_deadlock();
+  if (failure.empty()) check_ends();
+  drop_boxes();
+  drop_products();
+}
+
+void raise(std::vector<uint32_t>& mine, const std::vector<uint32_t>& other) {
+  if (mine.size() < other.size()) mine.resize(other.size(), 0);
+  uint32_t* m = mine.data();
+  const uint32_t* o = other.data();
+  for (size_t i = 0, n = other.size(); i < n; ++i) m[i] = m[i] < o[i] ? o[i] : m[i];
+}
+
+// Of what `mine` and `other` have in common, the least.
+void lower(std::vector<uint32_t>& mine, const std::vector<uint32_t>& other) {
+  if (mine.size() > other.size()) mine.resize(other.size());
+  for (size_t i = 0; i < mine.size(); ++i) mine[i] = std::min(mine[i], other[i]);
 }
 
 }  // namespace
 
+// ---- telling
+
+std::string text(Where at) {
+  const char* name = std::strrchr(at.file, '/');
+  return std::string(name ? name + 1 : at.file) + ":" + std::to_string(at.line);
+}
+
+namespace {
+std::vector<Where> sites(1, Where{"nowhere", 0});
+}
+Where where(uint16_t site) { return sites[site]; }
+uint16_t site(Where at) {
+  static struct {
+    Where at{};
+    uint16_t site = 0;
+  } last[256];
+  auto& slot = last[(reinterpret_cast<uint64_t>(at.file) / 8 + uint32_t(at.line)) % 256];
+  if (slot.at.file != at.file || slot.at.line != at.line) {
+    size_t i = 1;
+    while (i < sites.size() && (sites[i].file != at.file || sites[i].line != at.line)) ++i;
+    if (i == sites.size()) sites.push_back(at);
+    slot.at = at, slot.site = uint16_t(i);
+  }
+  return slot.site;
+}
+
+void tell(const std::string& what) {
+  if (!failure.empty()) return;
+  failure = "block " + std::to_string(self->block->index) + ", thread " + std::to_string(self->index) + ": " + what;
+}
+void fail(const std::string& what) {
+  tell(what);
+  for (;;) leave();  // never chosen again
+}
+
+// ---- scheduling
+
+uint64_t draw() {
+  random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+  return random_state;
+}
+void leave() { vk_switch(&self->sp, scheduler_sp); }
+void perhaps_switch() {
+  if (draw() % SWITCH_ONE_IN == 0) {
+    cluster->ready.push_back(self->agent);
+    leave();
+  }
+}
+void wait_for(const char* what, Where at) {
+  self->waits_for = what, self->at = at;
+  leave();
+  self->waits_for = nullptr;
+}
+void release(uint32_t agent) { cluster->ready.push_back(agent); }
+
+// ---- knowledge
+
+void Known::join(const Known& other) {
+  raise(seen, other.seen);
+  if (!other.fenced.empty()) raise(fenced, other.fenced);
+}
+uint32_t new_agent() { return cluster->agents++; }
+void tick(Fiber& f) { f.known.seen[f.agent] += 1, f.changes += 1; }
+void learn(Fiber& f, const Known& known) { f.known.join(known), f.changes += 1; }
+void learn(Fiber& f, uint32_t agent, uint32_t time) {
+  if (f.known.seen.size() <= agent) f.known.seen.resize(agent + 1, 0);
+  f.known.seen[agent] = std::max(f.known.seen[agent], time), f.changes += 1;
+}
+void join(const std::vector<uint32_t>& fibers) {
+  Known all;
+  for (uint32_t t : fibers) all.join(cluster->fibers[t].known);
+  for (uint32_t t : fibers) {
+    Fiber& f = cluster->fibers[t];
+    f.known.seen = all.seen, f.known.fenced = all.fenced;
+    tick(f);
+  }
+}
+const Known& known_by_warp() {
+  Warp& warp = own_warp();
+  const Fiber* lanes = self - self->index % LANES;
+  uint64_t changes = 0;  // of each lane, which only grow
+  for (uint32_t l = 0; l < LANES; ++l) changes += lanes[l].changes;
+  if (changes != warp.changes) {
+    warp.changes = changes, warp.known = lanes[0].known;
+    for (uint32_t l = 1; l < LANES; ++l) lower(warp.known.seen, lanes[l].known.seen), lower(warp.known.fenced, lanes[l].known.fenced);
+  }
+  return warp.known;
+}
+uint32_t warp_agent() {
+  Warp& warp = own_warp();
+  if (warp.agent < 0) warp.agent = new_agent();
+  return uint32_t(warp.agent);
+}
+
 uint32_t thread_index() { return self->index; }
-uint32_t thread_count() { return uint32_t(block->fibers.size()); }
-uint32_t block_index() { return block->index; }
-
-void read_global(void* to, const void* from, uint32_t bytes, Where at) {
-  check_aligned(from, bytes, at);
-  check_global(from, bytes, false, at);
-  for (uint64_t a = reinterpret_cast<uint64_t>(from) / 2; a <= (reinterpret_cast<uint64_t>(from) + bytes - 1) / 2; ++a) {
-    const auto w = writers.find(a);
-    if (w != writers.end() && w->second != launch_thread()) fail("read of global memory that another thread wrote, at " + text(at));
-  }
-  std::memcpy(to, from, bytes);
-}
-
-void write_global(void* to, const void* from, uint32_t bytes, Where at) {
-  check_aligned(to, bytes, at);
-  check_global(to, bytes, true, at);
-  for (uint64_t a = reinterpret_cast<uint64_t>(to) / 2; a <= (reinterpret_cast<uint64_t>(to) + bytes - 1) / 2; ++a) {
-    const auto w = writers.emplace(a, launch_thread());
-    if (!w.second && w.first->second != launch_thread()) fail("two threads write one global address, at " + text(at));
-  }
-  std::memcpy(to, from, bytes);
-}
-
-void read_shared(void* to, uint32_t from, uint32_t bytes, Where at) {
-  perhaps_switch();
-  check_shared(from, bytes, at);
-  record_read(*self, from, bytes, at);
-  std::memcpy(to, block->shared.data() + from, bytes);
-}
-
-void write_shared(uint32_t to, const void* from, uint32_t bytes, Where at) {
-  perhaps_switch();
-  check_shared(to, bytes, at);
-  record_write(to, bytes, false, at);
-  std::memcpy(block->shared.data() + to, from, bytes);
-}
-
-void copy_async(uint32_t to, const void* from, uint32_t bytes, Where at) {
-  perhaps_switch();
-  check_shared(to, 16, at);
-  if (bytes > 16) fail("copy of " + std::to_string(bytes) + " bytes at " + text(at) + ", expected 0 to 16");
-  if (bytes) {
-    check_aligned(from, 16, at);
-    check_global(from, bytes, false, at);
-  }
-  record_write(to, 16, true, at);
-  std::memset(block->shared.data() + to, 0xff, 16);
-  self->copies.push_back({to, bytes, self->group, static_cast<const uint8_t*>(from), at});
-  ++counts.copies;
-}
-
-void copies_commit() { ++self->group; }
-
-void copies_wait(int still) {
-  std::vector<Copy> rest;
-  for (const Copy& c : self->copies) {
-    if (int64_t(c.group) >= int64_t(self->group) - still) {
-      rest.push_back(c);
-      continue;
-    }
-    uint8_t* to = block->shared.data() + c.to;
-    std::memcpy(to, c.from, c.bytes);
-    std::memset(to + c.bytes, 0, 16 - c.bytes);
-    for (uint32_t i = c.to / CELL; i < (c.to + 16) / CELL; ++i) {
-      Cell& cell = block->cells[i];
-      cell.under_way = false, cell.writer = int32_t(self->index), cell.clock = self->clock[self->index], cell.at = c.at;
-    }
-  }
-  self->copies.swap(rest);
-}
-
-float shuffle_xor(float value, uint32_t mask, Where at) {
-  struct Lane {
-    float in, out;
-    uint32_t mask;
-  } mine{value, 0, mask};
-  meet("shfl.sync.bfly", at, &mine, [](void** lanes) {
-    for (uint32_t l = 0; l < LANES; ++l) {
-      Lane& lane = *static_cast<Lane*>(lanes[l]);
-      lane.out = static_cast<Lane*>(lanes[(l ^ lane.mask) % LANES])->in;
-    }
-  });
-  return mine.out;
-}
-
-uint32_t ballot(bool value, Where at) {
-  struct Lane {
-    bool in;
-    uint32_t out;
-  } mine{value, 0};
-  meet("vote.sync.ballot", at, &mine, [](void** lanes) {
-    uint32_t bits = 0;
-    for (uint32_t l = 0; l < LANES; ++l) bits |= uint32_t(static_cast<Lane*>(lanes[l])->in) << l;
-    for (uint32_t l = 0; l < LANES; ++l) static_cast<Lane*>(lanes[l])->out = bits;
-  });
-  return mine.out;
-}
-
-void warp_barrier(Where at) {
-  meet("bar.warp.sync", at, nullptr, [](void**) {
-    std::vector<uint32_t> lanes;
-    for (uint32_t l = 0; l < LANES; ++l) lanes.push_back(self->index / LANES * LANES + l);
-    join(lanes);
-  });
-}
+uint32_t thread_count() { return cluster->threads; }
+uint32_t block_index() { return self->block->index; }
+uint32_t cluster_rank() { return self->block->rank; }
 
 void barrier(uint32_t id, uint32_t threads, Where at) {
   if (id >= BARRIERS) fail("barrier " + std::to_string(id) + " at " + text(at) + ", expected 0 to 15");
-  if (threads % LANES || threads == 0 || threads > block->fibers.size())
+  if (threads % LANES || threads == 0 || threads > cluster->threads)
     fail("barrier for " + std::to_string(threads) + " threads at " + text(at) + ", expected a multiple of 32 up to the block");
-  Barrier& b = block->barriers[id];
+  Barrier& b = self->block->barriers[id];
   if (b.arrived.empty()) {
     b.expected = threads, b.at = at;
   } else if (b.expected != threads) {
     fail("barrier " + std::to_string(id) + " named for " + std::to_string(b.expected) + " threads at " + text(b.at) + " and for " +
          std::to_string(threads) + " at " + text(at));
   }
-  b.arrived.push_back(self->index);
+  b.arrived.push_back(self->agent);
   if (b.arrived.size() < threads) return wait_for("barrier.sync", at);
   join(b.arrived);
   for (uint32_t t : b.arrived)
-    if (t != self->index) release(t);
+    if (t != self->agent) release(t);
   b.arrived.clear();
   ++counts.barriers;
-}
-
-void load_matrices(uint32_t (&w)[4], uint32_t row, bool transposed, Where at) {
-  check_shared(row, 16, at);
-  struct Lane {
-    uint32_t* w;
-    uint32_t row;
-    bool transposed;
-  } mine{w, row, transposed};
-  meet(transposed ? "ldmatrix.trans" : "ldmatrix", at, &mine, [at](void** lanes) {
-    for (uint32_t m = 0; m < 4; ++m) {
-      uint16_t matrix[8][8];
-      for (uint32_t r = 0; r < 8; ++r) {
-        const uint32_t from = static_cast<Lane*>(lanes[8 * m + r])->row;
-        record_read(block->fibers[self->index / LANES * LANES + 8 * m + r], from, 16, at);
-        std::memcpy(matrix[r], block->shared.data() + from, 16);
-      }
-      for (uint32_t l = 0; l < LANES; ++l) {
-        const uint32_t r = l / 4, c = l % 4 * 2;
-        const Lane& lane = *static_cast<Lane*>(lanes[l]);
-        // The manual does not say who reads, whoever gives an address or whoever receives: what is read must have been written before
-        // either, and, kept for the former, has to be read before it is written anew.
-        const Fiber& who = block->fibers[self->index / LANES * LANES + l];
-        const auto address = [&](uint32_t row) { return static_cast<Lane*>(lanes[8 * m + row])->row; };
-        if (lane.transposed) {
-          check_read(who, address(c) + 2 * r, at), check_read(who, address(c + 1) + 2 * r, at);
-        } else {
-          check_read(who, address(r) + 2 * c, at), check_read(who, address(r) + 2 * c + 2, at);
-        }
-        const uint16_t low = lane.transposed ? matrix[c][r] : matrix[r][c], high = lane.transposed ? matrix[c + 1][r] : matrix[r][c + 1];
-        lane.w[m] = low | uint32_t(high) << 16;
-      }
-    }
-    ++counts.matrix_loads;
-  });
-}
-
-void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat, Where at) {
-  struct Lane {
-    float* c;
-    const uint32_t *a, *b;
-    bool bfloat;
-  } mine{c, a, b, bfloat};
-  meet("mma.sync", at, &mine, [](void** lanes) {
-    const bool bf = static_cast<Lane*>(lanes[0])->bfloat;
-    static const std::vector<float> halves = [] {
-      std::vector<float> table(65536);
-      for (uint32_t h = 0; h < 65536; ++h) table[h] = widen_f16(uint16_t(h));
-      return table;
-    }();
-    const auto widen = [bf](uint32_t half) { return bf ? float_of(half << 16) : halves[half]; };
-    float A[16][16], B[16][8];
-    double D[16][8] = {};
-    for (uint32_t l = 0; l < LANES; ++l) {
-      const Lane& lane = *static_cast<Lane*>(lanes[l]);
-      const uint32_t g = l / 4, t = l % 4;
-      for (uint32_t i = 0; i < 4; ++i)
-        for (uint32_t h = 0; h < 2; ++h) A[g + (i & 1) * 8][2 * t + h + (i >> 1) * 8] = widen(lane.a[i] >> (16 * h) & 0xffff);
-      for (uint32_t i = 0; i < 2; ++i)
-        for (uint32_t h = 0; h < 2; ++h) B[2 * t + h + i * 8][g] = widen(lane.b[i] >> (16 * h) & 0xffff);
-    }
-    for (uint32_t row = 0; row < 16; ++row)
-      for (uint32_t k = 0; k < 16; ++k)
-        for (uint32_t column = 0; column < 8; ++column) D[row][column] += double(A[row][k]) * double(B[k][column]);
-    for (uint32_t l = 0; l < LANES; ++l) {
-      const Lane& lane = *static_cast<Lane*>(lanes[l]);
-      for (uint32_t i = 0; i < 4; ++i) {
-        const uint32_t row = l / 4 + (i >> 1) * 8, column = l % 4 * 2 + (i & 1);
-        lane.c[i] = float(lane.c[i] + D[row][column]);
-      }
-    }
-    ++counts.products;
-  });
-}
-
-uint16_t round_bf16(float f) {
-  const uint32_t u = bits_of(f);
-  if (f != f) return 0x7fff;
-  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
-uint16_t round_f16(float f) {
-  const uint32_t u = bits_of(f), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
-  if (magnitude > 0x7f800000) return 0x7fff;
-  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to infinity
-  if (magnitude < 0x33000001) return uint16_t(sign);            // rounds to zero
-  const int exponent = int(magnitude >> 23) - 127;
-  const uint32_t mantissa = (magnitude & 0x7fffff) | 0x800000;
-  const int shift = exponent < -14 ? 13 + (-14 - exponent) : 13;
-  const uint32_t kept = mantissa >> shift, rest = mantissa & ((1u << shift) - 1), half = 1u << (shift - 1);
-  const uint32_t rounded = kept + (rest > half || (rest == half && (kept & 1)));
-  // Normal numbers: the hidden bit adds one to the exponent field; a carry does the right thing in both cases.
-  return uint16_t(sign | (exponent < -14 ? rounded : rounded + (uint32_t(exponent + 14) << 10)));
-}
-
-float widen_f16(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 0x1f, mantissa = h & 0x3ff;
-  if (exponent == 31) return float_of(sign | 0x7f800000 | mantissa << 13);
-  if (exponent) return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
-  return (sign ? -1.0f : 1.0f) * float(mantissa) * 0x1p-24f;
 }
 
 }  // namespace model
 }  // namespace vk
 
-// Run `blocks` blocks of `threads` fibers of a kernel. spans: the tensors, as (begin, bytes, writable). Returns 0, or 1 with the first
-// error's text in `message`. counted: products, matrix loads, copies, barriers.
-extern "C" int vk_run(void (*thread)(const void*), const void* given, uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
-                      const uint64_t* tensors, uint32_t tensor_count, uint64_t seed, char* message, uint64_t length, uint64_t* counted) {
+// Run `blocks` blocks of `threads` fibers of a kernel, in clusters of `per_cluster`. tensors: those it may touch, as (begin, bytes, writable).
+// Returns 0, or 1 with the first error's text in `message`. counted: a Counts.
+extern "C" int vk_run(void (*thread)(const void*), const void* given, uint32_t blocks, uint32_t threads, uint32_t per_cluster,
+                      uint32_t shared_bytes, const uint64_t* tensors, uint32_t tensor_count, uint64_t seed, char* message,
+                      uint64_t length, uint64_t* counted) {
   using namespace vk::model;
-  if (stacks_for < threads) {
+  const uint32_t fibers = threads * per_cluster;
+  if (stacks_for < fibers) {
     if (stacks) munmap(stacks, STACK * stacks_for);
-    stacks = static_cast<uint8_t*>(mmap(nullptr, STACK * threads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    stacks_for = threads;
+    stacks = static_cast<uint8_t*>(mmap(nullptr, STACK * fibers, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    stacks_for = fibers;
   }
   kernel = thread, parameters = given, random_state = seed * 2 + 0x9E3779B97F4A7C15ull;
-  spans = reinterpret_cast<const Span*>(tensors), span_count = tensor_count;
-  failure.clear(), writers.clear(), counts = {};
-  for (uint32_t n = 0; n < blocks && failure.empty(); ++n) {
-    Block b;
-    b.index = n;
-    b.fibers.resize(threads), b.meetings.resize(threads / LANES);
-    b.cells.resize((shared_bytes + CELL - 1) / CELL), b.shared.assign(shared_bytes, 0xff), read_clocks.resize(std::max(read_clocks.size(), b.cells.size() * threads));
-    for (uint32_t t = 0; t < threads; ++t) {
-      b.fibers[t].index = t;
-      b.fibers[t].clock.assign(threads, 0);
-      b.fibers[t].clock[t] = 1;
-      start(b.fibers[t], stacks + STACK * t);
-      b.ready.push_back(t);
+  constexpr uint64_t ONE_IN[] = {3, 40, 1000, 1ull << 62};  // the last: only when no thread can go on
+  box_one_in = ONE_IN[seed * 0x9E3779B97F4A7C15ull >> 62];
+  failure.clear(), counts = {};
+  begin_launch(tensors, tensor_count);
+  for (uint32_t n = 0; n < blocks && failure.empty(); n += per_cluster) {
+    Cluster c;
+    cluster = &c;
+    begin_cluster();
+    c.threads = threads, c.agents = fibers;
+    c.fibers.resize(fibers), c.blocks.resize(per_cluster);
+    for (uint32_t rank = 0; rank < per_cluster; ++rank) {
+      Block& b = c.blocks[rank];
+      b.index = n + rank, b.rank = rank, b.running = threads;
+      b.warp_meetings.resize(threads / LANES), b.group_meetings.resize(threads / GROUP), b.warps.resize(threads / LANES);
+      b.chunks.resize((shared_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES), b.bytes.assign(shared_bytes, 0xff);
+      set_up_registers(b);
+      for (uint32_t t = 0; t < threads; ++t) {
+        Fiber& f = c.fibers[rank * threads + t];
+        f.block = &b, f.index = t, f.agent = rank * threads + t;
+        f.known.seen.assign(fibers, 0);
+        f.known.seen[f.agent] = 1;
+        f.remote.resize(per_cluster);
+        start(f, stacks + STACK * f.agent);
+        c.ready.push_back(f.agent);
+      }
     }
-    block = &b;
-    run_block();
+    run_cluster();
   }
   std::snprintf(message, length, "%s", failure.c_str());
   std::memcpy(counted, &counts, sizeof counts);

@@ -75,7 +75,17 @@ def test_what_was_asked_for_is_built_found_and_recorded(tree, compiler):
     assert run(*BUILD, cwd=tree, VIDKERN_BUILD="off").returncode == 0 and not cubins(tree)
 
 
+def test_sources_for_90_alone_are_compiled_for_90a(tree, compiler):
+    (tree / "csrc" / "cuda" / "tiny_hopper.cu").write_text("// wgmma\n")
+    done = build(tree, compiler, "80;90")
+    assert done.returncode == 0, done.stdout
+    assert cubins(tree) == {"tiny.sm_80.cubin", "tiny.sm_90.cubin", "tiny_hopper.sm_90a.cubin"}
+    look_up = "from vidkern.cuda import cubins; print([cubins.ahead('tiny_hopper', c) for c in ((9, 0), (10, 0), (8, 0))])"
+    assert run("-c", look_up, cwd=tree).stdout.strip() == str([b"cubin of tiny_hopper.cu", None, None])
+
+
 @pytest.mark.parametrize("archs, message", [
+    ("80a", "VIDKERN_CUDA_ARCHS='80a': '80a', expected compute capabilities such as 80;90"),
     ("80,sm_90", "VIDKERN_CUDA_ARCHS='80,sm_90': 'sm_90', expected compute capabilities such as 80;90"),
     ("77", "does not compile tiny.cu for sm_77"),
 ])  # fmt: skip

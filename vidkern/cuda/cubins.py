@@ -16,6 +16,7 @@ from . import sources
 
 _CHECKSUM = 32  # bytes of SHA-256 after the cubin; what loads a cubin stops at its end
 INSTALL = 'pip install "vidkern[cuda]"'
+HOPPER = (9, 0)  # the compute capability that runs machine code of sources.HOPPER
 
 
 def _program():
@@ -69,25 +70,34 @@ def folder() -> Path:
 
 
 # ---- built with the package -------------------------------------------------------------------------------------------
-def archs_ahead() -> list[int]:
-    """Architectures that the package brings machine code for, such as 90."""
-    return sorted({int(path.name.rpartition(".sm_")[2].partition(".")[0]) for path in sources.AHEAD.glob("*.sm_*.cubin")})
+def archs_ahead() -> list[str]:
+    """Architectures that the package brings machine code for, such as "90" and "90a", the earliest first."""
+    found = {path.name.rpartition(".sm_")[2].partition(".")[0] for path in sources.AHEAD.glob("*.sm_*.cubin")}
+    return sorted(found, key=lambda arch: (int(arch.rstrip("a")), arch))
 
 
-def _runs(arch: int, capability: tuple[int, int]) -> bool:
-    """A cubin runs on its own compute capability and on later ones of the same major version."""
-    return arch // 10 == capability[0] and arch % 10 <= capability[1]
+def _runs(arch: str, capability: tuple[int, int]) -> bool:
+    """A cubin runs on its own compute capability and on later ones of the same major version, one of :data:`sources.HOPPER` on 9.0 alone."""
+    if arch == sources.HOPPER:
+        return capability == HOPPER
+    major, minor = divmod(int(arch), 10)
+    return major == capability[0] and minor <= capability[1]
 
 
-def built_ahead(capability: tuple[int, int]) -> bool:
-    """Whether the package brings machine code that this compute capability can run."""
-    return any(_runs(arch, capability) for arch in archs_ahead())
+def serves(stem: str, capability: tuple[int, int]) -> bool:
+    """Whether a source is one for this compute capability: those of :data:`sources.HOPPER` are for 9.0 alone, the others for any."""
+    return capability == HOPPER or not sources.is_hopper(stem)
+
+
+def built_ahead(capability: tuple[int, int], hopper: bool = False) -> bool:
+    """Whether the package brings machine code that this compute capability can run; ``hopper``: of the sources for 9.0 alone."""
+    return any(_runs(arch, capability) and (arch == sources.HOPPER) == hopper for arch in archs_ahead())
 
 
 def ahead(stem: str, capability: tuple[int, int]) -> bytes | None:
     """What the package brings for the source as it is now, the nearest capability first."""
-    for arch in sorted(archs_ahead(), reverse=True):
-        path = sources.AHEAD / sources.ahead_name(path_of(stem), sources.folder(), str(arch))
+    for arch in reversed(archs_ahead()):
+        path = sources.AHEAD / sources.ahead_name(path_of(stem), sources.folder(), arch)
         if _runs(arch, capability) and path.is_file():
             return path.read_bytes()
     return None
@@ -95,7 +105,7 @@ def ahead(stem: str, capability: tuple[int, int]) -> bytes | None:
 
 # ---- compiled here ----------------------------------------------------------------------------------------------------
 def compile(stem: str, arch: str) -> bytes:  # noqa: A001
-    """The cubin that NVRTC makes of a source for an architecture such as "90". Needs no GPU and no CUDA headers.
+    """The cubin that NVRTC makes of a source for an architecture such as "90" or "90a". Needs no GPU and no CUDA headers.
 
     Raises:
         RuntimeError: NVRTC is missing, or does not take the source or the architecture.
@@ -111,7 +121,10 @@ def compile(stem: str, arch: str) -> bytes:  # noqa: A001
         raise
     except Exception as error:  # cuda.core's classes of errors differ by release
         lines = str(error).splitlines()
-        said = next((line for line in lines if "error" in line.lower() and stem in line), lines[0] if lines else type(error).__name__)
+        mistakes = [line for line in lines if "error" in line.lower()]
+        # In the source, or where it says what is missing in a header.
+        mistakes = [line for line in mistakes if f"{stem}.cu(" in line] or [line for line in mistakes if ": error" in line] or mistakes
+        said = (mistakes or lines or [type(error).__name__])[0]
         raise RuntimeError(f"{stem}.cu: NVRTC {version()} does not compile it for sm_{arch}: {' '.join(said.split())}") from error
 
 
@@ -126,8 +139,16 @@ def _read(path: Path) -> bytes | None:
 
 
 def kept(stem: str, capability: tuple[int, int]) -> tuple[bytes, bool]:
-    """The cubin of a source for a compute capability, from the cache, else compiled and put there; and whether it was compiled."""
+    """The cubin of a source for a compute capability, from the cache, else compiled and put there; and whether it was compiled.
+
+    Raises:
+        RuntimeError: see :func:`compile`; or the source is not for this compute capability.
+    """
     arch = f"{capability[0]}{capability[1]}"
+    if sources.is_hopper(stem):
+        if not serves(stem, capability):
+            raise RuntimeError(f"{stem}.cu: compute capability {capability[0]}.{capability[1]}, expected 9.0")
+        arch = sources.HOPPER
     if reason := missing_compiler():
         raise RuntimeError(f"{stem}.cu: no machine code for sm_{arch} came with the package, and {reason}")
     path = folder() / f"{stem}-{sources.digest(path_of(stem), sources.folder(), (version(), arch))}.sm_{arch}.cubin"
@@ -155,8 +176,8 @@ def candidates(stem: str, capability: tuple[int, int]) -> Iterator[bytes]:
 
 
 def make_ready(stems: Sequence[str], capability: tuple[int, int]) -> dict[str, dict]:
-    """Have machine code of several sources at hand, compiled at the same time; for each where it is from ("package", "cache" or "NVRTC"),
-    the seconds it took, and the reason where it cannot be made."""
+    """Have machine code of those of several sources at hand that are for this capability, compiled at the same time; for each where it is
+    from ("package", "cache" or "NVRTC"), the seconds it took, and the reason where it cannot be made."""
 
     def one(stem: str) -> dict:
         begun = time.perf_counter()
@@ -168,5 +189,6 @@ def make_ready(stems: Sequence[str], capability: tuple[int, int]) -> dict[str, d
             return {"from": "nowhere", "seconds": time.perf_counter() - begun, "reason": str(error)}
         return {"from": "NVRTC" if compiled else "cache", "seconds": time.perf_counter() - begun}
 
+    stems = [stem for stem in stems if serves(stem, capability)]
     with ThreadPoolExecutor(max(1, len(stems))) as pool:
         return dict(zip(stems, pool.map(one, stems)))

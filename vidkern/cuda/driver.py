@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
+from . import tensor_map
+
 _Slot = ctypes.c_void_p * 1
+# cuTensorMapEncodeTiled, and the values of its enumerations that all our tensor maps have.
+_Encode = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4
+)  # fmt: skip
+_INTERLEAVE_NONE, _SWIZZLE_128, _FILL_ZERO = 0, 3, 0
+_PROMOTE_128, _PROMOTE_256 = 2, 3  # to how many bytes the second-level cache extends what it reads
 _NO_CONTEXT = (3, 201)  # CUDA_ERROR_NOT_INITIALIZED, CUDA_ERROR_INVALID_CONTEXT
 _OUT_OF_RESOURCES = 701
 _LOST = 700  # errors from here on leave the device's context broken, but for the one above
@@ -29,6 +38,7 @@ class Driver:
             from cuda.bindings import driver as cu
         self._cu = cu
         self._launch_kernel = cu.cuLaunchKernel
+        self._encode = None
         self._contexts: dict[int, object] = {}
         self._current = getattr(torch._C, "_cuda_getDevice", None)
         self._stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -89,6 +99,39 @@ class Driver:
         with self.on(device):
             given = self._cu.cuFuncSetAttribute(function, attribute, shared)
             self._ask(f"{name}: {shared} bytes of shared memory for a block", given)
+
+    def tensor_map(
+        self, device: int, address: int, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+    ) -> tensor_map.TensorMap:
+        """A tensor map with the 128-byte swizzle and zeros outside; arguments as of ``launch.tensor_map``, which has checked them."""
+        if self._encode is None:
+            self._encode = self._entry("cuTensorMapEncodeTiled")
+        rank, made = len(sizes), tensor_map.aligned()
+        wide, narrow = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
+        # The stride of a dimension of one element is not used, and the driver looks at it.
+        steps = [2 * s if n > 1 else 2 * tensor_map.CHUNK for s, n in zip(strides, sizes[1:])]
+        # Rows that fill a cache line of 256 bytes are read whole: their other panel is read next.
+        promotion = _PROMOTE_256 if 2 * sizes[0] >= 256 else _PROMOTE_128
+        given = (
+            ctypes.addressof(made), tensor_map.KINDS[dtype], rank, address, wide(*sizes), wide(*steps), narrow(*box), narrow(*[1] * rank),
+            _INTERLEAVE_NONE, _SWIZZLE_128, promotion, _FILL_ZERO,
+        )  # fmt: skip
+        error = self._encode(*given)
+        if error in _NO_CONTEXT:
+            with self.on(device):
+                self._activate(device)
+                error = self._encode(*given)
+        if error:
+            said = f"sizes {tuple(sizes)}, strides {tuple(strides)}, box {tuple(box)} at {address:#x}"
+            raise RuntimeError(f"cuTensorMapEncodeTiled: {self._cu.CUresult(error).name} for {said}")
+        return made
+
+    def _entry(self, name: str) -> _Encode:
+        """A function of the driver's library. The one of cuda.bindings writes tensor maps to memory that is not aligned for them."""
+        error, address, *status = self._cu.cuGetProcAddress(name.encode(), 12000, 0)
+        if int(error) or not address:
+            raise RuntimeError(f"{name}: the driver's library does not have it, expected a driver for CUDA 12.0 or later")
+        return _Encode(int(address))
 
     def launch(self, name: str, device: int, function, blocks: int, threads: int, shared: int, parameters: ctypes.Structure) -> None:
         """Launch on torch's current stream of the device."""

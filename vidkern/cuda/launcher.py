@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
-from . import cubins
+from . import cubins, tensor_map
 from .driver import Driver, LoadError
 
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel may ask for without being allowed more
 MOST_BLOCKS = 2**31 - 1
+MAPS = 512  # tensor maps that are kept
 _PREFIXES: dict[str, str] = {}  # of kernel names -> stem of their source
 
 
@@ -71,6 +73,8 @@ class Launcher:
         self._kernels: dict[tuple[int, str], Kernel] = {}
         self._modules: dict[tuple[int, str], object] = {}
         self._lock = threading.Lock()
+        # They depend on numbers alone, so that one is right for whatever lies there later.
+        self._maps = functools.lru_cache(MAPS)(self._encode)
 
     def __call__(
         self,
@@ -86,7 +90,7 @@ class Launcher:
 
         Args:
             name: of the kernel; see :func:`declare`.
-            parameters: its one parameter, copied by the launch.
+            parameters: its one parameter, copied by the launch: up to 4096 bytes, with a driver for CUDA 12.1 or later up to 32764.
             blocks, threads: of the grid and of a block; without blocks nothing runs.
             shared: bytes of dynamic shared memory of a block.
             reads, writes: the tensors that it may read and write; at least one that it writes.
@@ -104,10 +108,39 @@ class Launcher:
         elif blocks:
             raise RuntimeError(f"{name}: {blocks} blocks, expected at most {MOST_BLOCKS}")
 
+    def tensor_map(self, t: torch.Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> tensor_map.TensorMap:
+        """A tensor map for a kernel's parameters: copies of a box come with the 128-byte swizzle, and with zeros outside of the tensor.
+
+        Args:
+            t: bfloat16 or float16; the map begins at its first element. It is not kept.
+            sizes: in elements, of up to five dimensions, the one that lies dense first.
+            strides: in elements, of all dimensions but the first; those of dimensions of one element are not looked at.
+            box: elements of each dimension that a copy takes.
+
+        Returns:
+            the map; it may be shared with other calls, and is copied into the parameters.
+
+        Raises:
+            ValueError: the dtype is another, the first element is not on 16 bytes, a size is below 1, a stride is no multiple of 8, a side
+                of the box is not within 1 to 256, or the first is no multiple of 8 up to 64.
+            RuntimeError: the driver refuses it.
+        """
+        return self._maps(t.get_device(), t.data_ptr(), t.dtype, tuple(sizes), tuple(strides), tuple(box))
+
+    def _encode(self, device: int, address: int, dtype: torch.dtype, *extents: tuple[int, ...]) -> tensor_map.TensorMap:
+        tensor_map.check(address, dtype, *extents)
+        with self._lock:
+            driver = self._ready()
+        return driver.tensor_map(device, address, dtype, *extents)
+
+    def _ready(self) -> Driver:
+        if self._driver is None:
+            self._driver = Driver()
+        return self._driver
+
     def _prepare(self, device: int, name: str, shared: int) -> Kernel:
         with self._lock:
-            if self._driver is None:
-                self._driver = Driver()
+            self._ready()
             kernel = self._kernels.get((device, name))
             if kernel is None:
                 if self._driver.capturing(device):

@@ -10,12 +10,24 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[1]
 OPTIONS = ("-std=c++17",)
 AHEAD = _PACKAGE / "_cubins"  # of the package: what was built with it
+HOPPER = "90a"  # features that compute capability 9.0 has and no later one: their machine code runs there alone
 
 
 def folder() -> Path:
     """csrc: an installation keeps it in the package, a checkout beside it."""
     inside = _PACKAGE / "csrc"
     return inside if inside.is_dir() else _PACKAGE.parent / "csrc"
+
+
+def is_hopper(stem: str) -> bool:
+    """Whether a source is one for compute capability 9.0 alone, which its name says."""
+    return "_hopper" in stem
+
+
+def archs_of(stem: str, asked: Sequence[str]) -> list[str]:
+    """Which architectures a source is compiled for where these are asked for, such as "80" or "90"; "90a" means the same as "90"."""
+    plain = list(dict.fromkeys(arch.rstrip("a") for arch in asked))
+    return [HOPPER] * ("90" in plain) if is_hopper(stem) else plain
 
 
 def include_folders(csrc: Path) -> tuple[Path, Path]:

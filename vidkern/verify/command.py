@@ -131,15 +131,15 @@ def compile_ahead(units: Sequence[Unit], device: torch.device, seed: int, limit:
     """Let other processes compile what the backends compile at their first calls; the seconds that took."""
     if device.type != "cuda":
         return 0.0
-    begun = time.monotonic()
-    if any(u.backend == "cuda" for u in units):
+    begun, known = time.monotonic(), registry.ops()
+    backend = lambda u: known[u.op]._by_name[u.backend]  # noqa: E731
+    written = lambda u: any(source.startswith("csrc/cuda/") for source in backend(u).sources)  # noqa: E731
+    if any(map(written, units)):
         # A source holds all its kernels: processes that shared the cases would each compile the same. Why one does not compile, the first
         # call that needs it tells.
         cubins.make_ready(declared(), torch.cuda.get_device_capability(device))
-    known = registry.ops()
-    at_first_call = lambda u: u.backend != "cuda" and known[u.op]._by_name[u.backend].trust != "none"  # noqa: E731
     spent = time.monotonic() - begun
-    waiting = [f"{u.op}/{u.backend}/{u.dtype}" for u in units if at_first_call(u)]
+    waiting = [f"{u.op}/{u.backend}/{u.dtype}" for u in units if backend(u).trust != "none" and not written(u)]
     return spent + warm.start(waiting, seed, device, max(0.0, limit - spent))
 
 

@@ -59,6 +59,10 @@ VK_DEVICE float log2_approx(float x) {
 }
 VK_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 VK_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
+// sum += v where `taken`: one instruction, of which no compiler keeps both outcomes.
+VK_DEVICE void add_where(bool taken, float& sum, float v) {
+  asm volatile("{.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t@p add.f32 %0, %0, %1;}" : "+f"(sum) : "f"(v), "r"(u32(taken)));
+}
 
 #else
 
@@ -80,6 +84,9 @@ inline float exp2_approx(float x) { return model::exp2_of(x); }
 inline float log2_approx(float x) { return model::log2_of(x); }
 inline float infinity() { return model::float_of(0x7f800000u); }
 inline float max_of(float a, float b) { return model::max_of(a, b); }
+inline void add_where(bool taken, float& sum, float v) {
+  if (taken) sum += v;
+}
 
 #endif
 

@@ -16,6 +16,8 @@ using i64 = long long;
 
 #define VK_DEVICE __device__ __forceinline__
 #define VK_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// Of warpgroups that pass registers on: how many each thread begins with must be known, and so that one block has the multiprocessor.
+#define VK_KERNEL_ALONE(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 // Blocks of a cluster, after VK_KERNEL; how a parameter is declared whose address is taken (a tensor map's).
 #define VK_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
 #define VK_PARAMETER __grid_constant__
@@ -41,6 +43,7 @@ VK_DEVICE u32 block_index() { return blockIdx.x; }
 
 #define VK_DEVICE inline
 #define VK_KERNEL(threads) VK_MODEL_KERNEL
+#define VK_KERNEL_ALONE(threads) VK_MODEL_KERNEL
 #define VK_CLUSTER(blocks)
 #define VK_PARAMETER
 #define VK_AT , ::vk::model::Where at = ::vk::model::here()

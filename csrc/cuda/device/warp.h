@@ -17,6 +17,12 @@ VK_DEVICE u32 votes(bool v) {
   asm volatile("{.reg .pred p;\n\tsetp.ne.b32 p, %1, 0;\n\tvote.sync.ballot.b32 %0, p, 0xffffffff;}" : "=r"(bits) : "r"(u32(v)));
   return bits;
 }
+// A value that all lanes have the same of, which the compiler then knows: addresses that follow from it cost no registers of each lane. The
+// whole warp takes part.
+VK_DEVICE i32 uniform(i32 v) {
+  asm volatile("shfl.sync.idx.b32 %0, %0, 0, 0x1f, 0xffffffff;" : "+r"(v));
+  return v;
+}
 // Memory accesses of the warp before it come before those after it.
 VK_DEVICE void warp_barrier() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 // All threads of the block.
@@ -27,6 +33,7 @@ VK_DEVICE void named_barrier(u32 barrier, u32 threads) { asm volatile("barrier.s
 #else
 
 inline float shuffle_xor(float v, u32 mask VK_AT) { return model::shuffle_xor(v, mask, at); }
+inline i32 uniform(i32 v) { return v; }
 inline u32 votes(bool v VK_AT) { return model::ballot(v, at); }
 inline void warp_barrier(VK_AT_ONLY) { model::warp_barrier(at); }
 inline void block_barrier(VK_AT_ONLY) { model::barrier(0, model::thread_count(), at); }

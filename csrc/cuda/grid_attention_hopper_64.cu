@@ -1,0 +1,4 @@
+// The forward of head dims up to 64.
+#include "grid_attention_hopper_forward.h"
+
+VK_FORWARDS(64)
