@@ -11,6 +11,7 @@ scenes            PyBullet
 nvcc              the CUDA compiler, for the machine code of the hand-written kernels
 """
 
+import functools
 import importlib
 import os
 import random
@@ -20,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from beside import Beside
 
 # /proc/cpuinfo's names of what each compiled tier uses.
 TIER_FLAGS = {
@@ -105,6 +108,25 @@ def pytest_configure(config):
             raise pytest.UsageError(f"VIDKERN_REQUIRE: unknown part {name!r}, expected {', '.join(PARTS)}")
         if reason := PARTS[name]():
             raise pytest.UsageError(f"VIDKERN_REQUIRE={name}: {reason}")
+
+
+BESIDE = pytest.StashKey()
+
+
+def pytest_collection_finish(session):
+    if not session.config.option.collectonly:
+        session.config.stash[BESIDE] = Beside(session.items)
+
+
+def pytest_sessionfinish(session):
+    if BESIDE in session.config.stash:
+        session.config.stash[BESIDE].end()
+
+
+@pytest.fixture(scope="module")
+def beside(request):
+    """``beside(name)``: the result of what the module had begun beside the tests before (tests/beside.py)."""
+    return functools.partial(request.config.stash[BESIDE].result, request.module.__name__)
 
 
 def pytest_report_header(config):

@@ -164,7 +164,7 @@ struct Chunks {
   Ring<STAGES> ring;
   i32 each, count, i = 0;  // chunks of a head, and of a product; uses of the ring so far
   VK_DEVICE Chunks(const Forward& g) : g(g), ring{shared_at<u64>(0)}, each((g.dim + STEP - 1) / STEP), count(each * g.heads) {
-    if (thread_index() == 0) ring.make(CLUSTER, READERS * CLUSTER);
+    if (thread_index() == 0) ring.make(1, READERS * CLUSTER);
     cluster_barrier();
   }
   static VK_DEVICE Left left(i32 i) { return {shared_at<u8>(ALIGN + u32(i % STAGES) * STAGE)}; }
@@ -177,8 +177,6 @@ struct Chunks {
       const i32 z = group + c / each, channel = c % each * STEP;
       ring.wait_empty(i);
       mbarrier_expect(ring.full(i), u32(Left::BYTES + keys * STEP * 2));
-      // Who waits for the stage there knows from this that it was empty here, too: releases count for the use that they are of.
-      mbarrier_arrive_at(ring.full(i), u32(rank) ^ 1);
       bring_rows(g, tokens, left(i).base, channel, z, batch, ring.full(i));
       VK_NO_UNROLL
       for (i32 n = rank * SHARE; n < keys; n += i32(CLUSTER) * SHARE)
@@ -321,20 +319,25 @@ VK_DEVICE void vote(const Forward& g) {
 
 using vk::amf::Forward;
 
-#define VK_AMF(name, ...)                                                                \
+#define VK_AMF(name, ...)                                                                      \
   VK_KERNEL_ALONE(384) name(const VK_PARAMETER Forward given) { vk::amf::__VA_ARGS__(given); } \
   VK_ENTRY(name, Forward)
-#define VK_AMF_PAIRED(name, ...)                                                                       \
+#define VK_AMF_PAIRED(name, ...)                                                                             \
   VK_KERNEL_ALONE(384) VK_CLUSTER(2) name(const VK_PARAMETER Forward given) { vk::amf::__VA_ARGS__(given); } \
   VK_ENTRY_CLUSTER(name, Forward, 2)
-#define VK_AMF_FORWARD(T)                                                    \
-  VK_AMF(amf_hopper_forward_##T##_64, forward_held<vk::T, 64, false>)        \
-  VK_AMF(amf_hopper_forward_##T##_64_full, forward_held<vk::T, 64, true>)    \
-  VK_AMF(amf_hopper_forward_##T##_128, forward_held<vk::T, 128, false>)      \
-  VK_AMF(amf_hopper_forward_##T##_128_full, forward_held<vk::T, 128, true>)  \
+#define VK_AMF_HELD(T, DIM)                                                \
+  VK_AMF(amf_hopper_forward_##T##_##DIM, forward_held<vk::T, DIM, false>)  \
+  VK_AMF(amf_hopper_forward_##T##_##DIM##_full, forward_held<vk::T, DIM, true>)
+#define VK_AMF_WIDE(T)                                                       \
   VK_AMF_PAIRED(amf_hopper_forward_##T##_wide, forward_wide<vk::T, false>)   \
-  VK_AMF_PAIRED(amf_hopper_forward_##T##_wide_full, forward_wide<vk::T, true>) \
-  VK_AMF_PAIRED(amf_hopper_vote_##T, vote<vk::T>)
+  VK_AMF_PAIRED(amf_hopper_forward_##T##_wide_full, forward_wide<vk::T, true>)
+#define VK_AMF_VOTE(T) VK_AMF_PAIRED(amf_hopper_vote_##T, vote<vk::T>)
 
-VK_AMF_FORWARD(bf16)
-VK_AMF_FORWARD(f16)
+VK_AMF_HELD(bf16, 64)
+VK_AMF_HELD(bf16, 128)
+VK_AMF_WIDE(bf16)
+VK_AMF_VOTE(bf16)
+VK_AMF_HELD(f16, 64)
+VK_AMF_HELD(f16, 128)
+VK_AMF_WIDE(f16)
+VK_AMF_VOTE(f16)

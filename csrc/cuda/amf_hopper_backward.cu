@@ -297,14 +297,14 @@ VK_DEVICE void dk(const Backward& g) {
 
 using vk::amf::Backward;
 
-#define VK_AMF(name, ...)                                                                 \
+#define VK_AMF(name, ...)                                                                       \
   VK_KERNEL_ALONE(384) name(const VK_PARAMETER Backward given) { vk::amf::__VA_ARGS__(given); } \
   VK_ENTRY(name, Backward)
-#define VK_AMF_BACKWARD(T)                            \
-  VK_AMF(amf_hopper_dq_##T##_64, dq<vk::T, 64>)       \
-  VK_AMF(amf_hopper_dq_##T##_128, dq<vk::T, 128>)     \
-  VK_AMF(amf_hopper_dk_##T##_64, dk<vk::T, 64>)       \
-  VK_AMF(amf_hopper_dk_##T##_128, dk<vk::T, 128>)
+#define VK_AMF_BACKWARD(T, DIM)                         \
+  VK_AMF(amf_hopper_dq_##T##_##DIM, dq<vk::T, DIM>)     \
+  VK_AMF(amf_hopper_dk_##T##_##DIM, dk<vk::T, DIM>)
 
-VK_AMF_BACKWARD(bf16)
-VK_AMF_BACKWARD(f16)
+VK_AMF_BACKWARD(bf16, 64)
+VK_AMF_BACKWARD(bf16, 128)
+VK_AMF_BACKWARD(f16, 64)
+VK_AMF_BACKWARD(f16, 128)

@@ -2,3 +2,4 @@
 #include "grid_attention_hopper_forward.h"
 
 VK_FORWARDS(64)
+VK_FORWARDS_OF_THREE(64)

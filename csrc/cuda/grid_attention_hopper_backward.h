@@ -178,8 +178,8 @@ VK_DEVICE void gather(Accumulator (&out)[DIM / 8], const Left<T, WIDTH, WHOLE>& 
   products_begin();
   VK_UNROLL
   for (i32 n = 0; n < WIDTH / 16; ++n) {
-    warpgroup_product<T, DIM, true>(out, p.kept[n], b.depth_across(n), true);
     if constexpr (WHOLE) warpgroup_product<T, DIM, true>(out, p.rest[n], b.depth_across(n), true);
+    warpgroup_product<T, DIM, true>(out, p.kept[n], b.depth_across(n), true);
   }
   products_commit();
 }
@@ -193,8 +193,8 @@ VK_DEVICE void gather_part(Accumulator (&out)[DIM / 8], const Left<T, N, WHOLE>&
     products_begin();
     VK_UNROLL
     for (i32 n = 0; n < N / 16; ++n) {
-      warpgroup_product<T, COUNT * 8, true>(part, p.kept[n], b.depth_across(first + n, from), n > 0);
-      if constexpr (WHOLE) warpgroup_product<T, COUNT * 8, true>(part, p.rest[n], b.depth_across(first + n, from), true);
+      if constexpr (WHOLE) warpgroup_product<T, COUNT * 8, true>(part, p.rest[n], b.depth_across(first + n, from), n > 0);
+      warpgroup_product<T, COUNT * 8, true>(part, p.kept[n], b.depth_across(first + n, from), WHOLE || n > 0);
     }
     products_commit();
     products_wait<0>();

@@ -3,9 +3,9 @@
 // of a main tile are multiplied together with the exponentials of the tile before. Products accumulate in float32; P is rounded to the
 // inputs' type for P V and stays in registers.
 //
-// Main tiles are WIDTH columns wide: the frame length decides which width (vidkern/ops/grid_attention/hopper.py). Edge tiles are NARROW;
-// a warpgroup none of whose rows sees one passes it by. Where query heads share a key head, the warpgroups of a block may take a head each
-// of the same 64 rows, so that fewer tiles straddle frames.
+// Main tiles are WIDTH columns wide: the frame length decides which width (vidkern/ops/grid_attention/hopper.py). Edge tiles are NARROW: a
+// warpgroup none of whose rows sees one passes it by. Where query heads share a key head, the warpgroups of a block may take a head each of
+// the same 64 rows, so that fewer tiles straddle frames.
 #pragma once
 #include "grid_attention_hopper.h"
 
@@ -346,16 +346,22 @@ VK_DEVICE void forward(const HopperForward& g) {
 
 using vk::grid::HopperForward;
 
-// Kernels of every width, in WIDTHS and LIVE_WIDTHS of the launcher.
-#define VK_FORWARD(name, T, DIM, WIDTH, LIVE)                             \
-  VK_KERNEL_ALONE(384) name(const VK_PARAMETER HopperForward given) {     \
-    vk::grid::hopper_forward::forward<vk::T, DIM, WIDTH, 2, LIVE>(given); \
-  }                                                                       \
+// Kernels of what the launcher chooses from, in WIDTHS and LIVE_WIDTHS there: rows of a block by columns of a main tile.
+#define VK_FORWARD(name, T, DIM, GROUPS, WIDTH, LIVE)                          \
+  VK_KERNEL_ALONE(128 + 128 * GROUPS) name(const VK_PARAMETER HopperForward given) { \
+    vk::grid::hopper_forward::forward<vk::T, DIM, WIDTH, GROUPS, LIVE>(given); \
+  }                                                                            \
   VK_ENTRY(name, HopperForward)
-#define VK_FORWARD_PLAIN(T, DIM, WIDTH) VK_FORWARD(grid_attention_hopper_forward_##DIM##_##T##_##WIDTH, T, DIM, WIDTH, false)
-#define VK_FORWARD_LIVE(T, DIM, WIDTH) VK_FORWARD(grid_attention_hopper_forward_##DIM##_##T##_##WIDTH##_live, T, DIM, WIDTH, true)
-#define VK_FORWARD_TYPE(T, DIM)                                                                                           \
-  VK_FORWARD_PLAIN(T, DIM, 64) VK_FORWARD_PLAIN(T, DIM, 80) VK_FORWARD_PLAIN(T, DIM, 96) VK_FORWARD_PLAIN(T, DIM, 112)     \
-  VK_FORWARD_PLAIN(T, DIM, 128) VK_FORWARD_PLAIN(T, DIM, 144) VK_FORWARD_PLAIN(T, DIM, 160) VK_FORWARD_PLAIN(T, DIM, 176) \
+#define VK_FORWARD_128(T, DIM, WIDTH) VK_FORWARD(grid_attention_hopper_forward_##DIM##_##T##_128x##WIDTH, T, DIM, 2, WIDTH, false)
+#define VK_FORWARD_192(T, DIM, WIDTH) VK_FORWARD(grid_attention_hopper_forward_##DIM##_##T##_192x##WIDTH, T, DIM, 3, WIDTH, false)
+#define VK_FORWARD_LIVE(T, DIM, WIDTH) VK_FORWARD(grid_attention_hopper_forward_##DIM##_##T##_128x##WIDTH##_live, T, DIM, 2, WIDTH, true)
+#define VK_FORWARD_TYPE(T, DIM)                                                                                   \
+  VK_FORWARD_128(T, DIM, 64) VK_FORWARD_128(T, DIM, 80) VK_FORWARD_128(T, DIM, 96) VK_FORWARD_128(T, DIM, 112)     \
+  VK_FORWARD_128(T, DIM, 128) VK_FORWARD_128(T, DIM, 144) VK_FORWARD_128(T, DIM, 160) VK_FORWARD_128(T, DIM, 176) \
   VK_FORWARD_LIVE(T, DIM, 96) VK_FORWARD_LIVE(T, DIM, 144)
 #define VK_FORWARDS(DIM) VK_FORWARD_TYPE(bf16, DIM) VK_FORWARD_TYPE(f16, DIM)
+// Three warpgroups have 160 registers a thread each.
+#define VK_FORWARDS_OF_THREE(DIM)                                                                                      \
+  VK_FORWARD_192(bf16, DIM, 64) VK_FORWARD_192(bf16, DIM, 80) VK_FORWARD_192(bf16, DIM, 96) VK_FORWARD_192(bf16, DIM, 112) \
+  VK_FORWARD_192(bf16, DIM, 128) VK_FORWARD_192(f16, DIM, 64) VK_FORWARD_192(f16, DIM, 80) VK_FORWARD_192(f16, DIM, 96)    \
+  VK_FORWARD_192(f16, DIM, 112) VK_FORWARD_192(f16, DIM, 128)

@@ -38,12 +38,21 @@ struct Form {
   static VK_DEVICE Ring ring() { return {shared_at<u64>(BARRIERS_AT)}; }
   static VK_DEVICE A a(i32 use) { return {shared_at<u8>(PANELS_AT + u32(use % STAGES * BYTES))}; }
   static VK_DEVICE B b(i32 use) { return {shared_at<u8>(PANELS_AT + u32(use % STAGES * BYTES + A::BYTES))}; }
-  // This warp is done with a stage: in every block that copies to it.
-  static VK_DEVICE void release(i32 use) {
-    if constexpr (BLOCKS == 1) return ring().release(use);
-    warp_barrier();
-    if (hopper::leads())
-      for (u32 rank = 0; rank < u32(BLOCKS); ++rank) mbarrier_arrive_at(ring().empty(use), rank);
+  // Of clusters: that a stage is empty in every block, as each one's producer says to all.
+  static VK_DEVICE Shared<u64> empty_everywhere(i32 use) { return shared_at<u64>(BARRIERS_AT + Ring::BYTES) + use % STAGES; }
+  static VK_DEVICE void wait_empty(i32 use) {
+    ring().wait_empty(use);
+    if constexpr (BLOCKS > 1) {
+      if (use < STAGES) return;
+      for (u32 rank = 0; rank < u32(BLOCKS); ++rank) mbarrier_arrive_at(empty_everywhere(use), rank);
+      mbarrier_wait(empty_everywhere(use), u32(use / STAGES + 1) & 1);
+    }
+  }
+  // By one thread, before a barrier of all blocks of the cluster. fills: arrivals that fill a stage.
+  static VK_DEVICE void make(u32 fills) {
+    if constexpr (BLOCKS > 1)
+      for (i32 i = 0; i < STAGES; ++i) mbarrier_make(empty_everywhere(i), BLOCKS);
+    ring().make(fills, WORKERS * (hopper::GROUP / WARP));
   }
 };
 
@@ -132,7 +141,7 @@ VK_DEVICE void produce(const Jobs& jobs) {
     const auto job = jobs.at(t);
     VK_NO_UNROLL
     for (i32 k0 = 0; k0 < job.p.k; k0 += DEPTH, ++use) {
-      ring.wait_empty(use);
+      F::wait_empty(use);
       if (asks) {
         mbarrier_expect(ring.full(use), bytes);
         if (boxes_a) ask_a<F>(job, k0, use);
@@ -214,20 +223,20 @@ VK_DEVICE void consume(const Jobs& jobs) {
     for (++use; use < end; ++use) {
       multiply_stage(use);
       products_wait<1>();
-      F::release(use - 1);
+      F::ring().release(use - 1);
     }
     products_wait<0>();
-    F::release(use - 1);
+    F::ring().release(use - 1);
     write_out<F>(job, sums, row);
   }
 }
 
-// What a kernel does; jobs: of this block.
+// What a kernel does; jobs: of this block. Blocks of a cluster end as they like: each has waited for all that others do to it.
 template <typename F, typename Jobs>
 VK_DEVICE void run(const Jobs& jobs) {
   if (thread_index() == 0) {
     const bool boxes = jobs.a_way() == BOXES || jobs.b_way() == BOXES, fills = jobs.a_way() != BOXES || jobs.b_way() != BOXES;
-    F::ring().make((boxes ? 1 : 0) + (fills ? hopper::GROUP / WARP : 0), WORKERS * (hopper::GROUP / WARP) * F::BLOCKS);
+    F::make((boxes ? 1 : 0) + (fills ? hopper::GROUP / WARP : 0));
   }
   if constexpr (F::BLOCKS > 1) cluster_barrier();
   else block_barrier();
@@ -237,11 +246,6 @@ VK_DEVICE void run(const Jobs& jobs) {
   } else {
     registers_up<WORKER_REGISTERS>();
     consume<F>(jobs);
-  }
-  if constexpr (F::BLOCKS > 1) {
-    // The others still copy to this block's stages and arrive at its barriers.
-    warp_barrier();
-    cluster_barrier();
   }
 }
 

@@ -24,14 +24,15 @@ class FakeCuda:
         launches: what each was given: kernel, blocks, threads, shared, stream, address of the parameters.
         maps: what each tensor map was encoded from, read as CUDA reads it.
         fails: name of a call -> errors that its next calls give.
-        run, encode: called with each launch; with each tensor map, whose 128 bytes it returns (otherwise its number, from 1 on).
+        run, encode: called with each launch; with each tensor map, whose 128 bytes it returns (otherwise its number, from 1 on), or which
+            it refuses by a ValueError, kept in ``refused``.
     """
 
     CUfunction_attribute, CUresult = real.CUfunction_attribute, real.CUresult
 
     def __init__(self):
         self.calls, self.launches, self.maps, self.fails = [], [], [], {}
-        self.run = self.encode = None
+        self.run = self.encode = self.refused = None
         self._encode = ENCODE(self._encode_tiled)
         self._contexts = threading.local()
         self._names = {}
@@ -89,7 +90,11 @@ class FakeCuda:
             promotion=real.CUtensorMapL2promotion(promotion).name, fill=real.CUtensorMapFloatOOBfill(fill).name,
         )  # fmt: skip
         self.maps.append(given)
-        code = self.encode(given) if self.encode else len(self.maps).to_bytes(128, "little")
+        try:
+            code = self.encode(given) if self.encode else len(self.maps).to_bytes(128, "little")
+        except ValueError as error:  # ctypes would only print it
+            self.refused = error
+            return 1
         assert len(code) == 128
         ctypes.memmove(to, code, 128)
         return 0

@@ -16,7 +16,8 @@ from vidkern.verify import accuracy, command, rooms
 
 def encode(given) -> bytes:
     """The executor's tensor map, of what the driver was asked for."""
-    there = SimpleNamespace(data_ptr=lambda: given.address, element_size=lambda: 2, dtype=None)
+    dtype = {"BFLOAT16": torch.bfloat16, "FLOAT16": torch.float16}[given.kind]
+    there = SimpleNamespace(data_ptr=lambda: given.address, element_size=lambda: 2, dtype=dtype)
     return bytes(tensor_map(there, given.sizes, [step // 2 for step in given.strides], given.box))
 
 

@@ -247,6 +247,7 @@ void release(uint32_t agent) { cluster->ready.push_back(agent); }
 void Known::join(const Known& other) {
   raise(seen, other.seen);
   if (!other.fenced.empty()) raise(fenced, other.fenced);
+  if (!other.over.empty()) raise(over, other.over);
 }
 uint32_t new_agent() { return cluster->agents++; }
 void tick(Fiber& f) { f.known.seen[f.agent] += 1, f.changes += 1; }
@@ -260,7 +261,7 @@ void join(const std::vector<uint32_t>& fibers) {
   for (uint32_t t : fibers) all.join(cluster->fibers[t].known);
   for (uint32_t t : fibers) {
     Fiber& f = cluster->fibers[t];
-    f.known.seen = all.seen, f.known.fenced = all.fenced;
+    f.known = all;
     tick(f);
   }
 }

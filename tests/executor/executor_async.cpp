@@ -43,7 +43,7 @@ MemoryBarrier& barrier_at(Block& there, uint32_t byte, const char* use, Where at
 }
 
 void check_phase(const MemoryBarrier& b, const char* use, Where at) {
-  if (b.phase && !self->known.sees(b.agent, b.phase))
+  if (b.phase && !self->known.knows_over(b.agent, b.phase))
     fail(std::string(use) + " at " + text(at) + " may count for the phase before, of which this thread does not know that it has ended (" +
          std::to_string(b.phase) + " have): " + made(b));
 }
@@ -142,9 +142,9 @@ void registers(int count, bool more, Where at) {
     const Fiber* group = self - self->index % GROUP;
     for (uint32_t t = 0; t < GROUP; ++t)
       if (*static_cast<int*>(counts_of[t]) != count) fail(std::string(name) + " at " + text(at) + " to different counts in one warpgroup");
-    for (const uint32_t time : r.since)
+    for (uint32_t other = 0; other < r.since.size(); ++other)
       for (uint32_t t = 0; t < GROUP; ++t)
-        if (!group[t].known.sees(group[&time - r.since.data()].agent, time))
+        if (!group[t].known.sees(group[other].agent, r.since[other]))
           fail(std::string(name) + " at " + text(at) + " after the one at " + text(r.at) + ", the warpgroup did not meet at a barrier between");
     if (more ? count < r.each : count > r.each)
       fail(std::string(name) + " to " + std::to_string(count) + " at " + text(at) + ", where each thread has " + std::to_string(r.each));

@@ -51,6 +51,7 @@ struct BoxCopy {
   int64_t first[DIMENSIONS];
   uint32_t to, bytes;
   Where at;
+  std::vector<uint32_t> over;  // in clusters: what had ended when it was asked for, and so has when it ends
 };
 
 void copy_box(uint16_t blocks, uint32_t to, const unsigned long long* words, std::initializer_list<int> first, uint32_t done, Where at) {
@@ -70,7 +71,12 @@ void copy_box(uint16_t blocks, uint32_t to, const unsigned long long* words, std
     check_phase(b, "copy of a box", at);
     begin_asynchronous_write(there, to, bytes, at);
     std::memset(there.bytes.data() + to, 0xff, bytes);
-    BoxCopy* copy = new BoxCopy{self, &there, &b, map, {}, to, bytes, at};
+    BoxCopy* copy = new BoxCopy{self, &there, &b, map, {}, to, bytes, at, {}};
+    if (cluster->blocks.size() > 1) {
+      Known known{{}, {}, self->known.over};
+      known.join({{}, {}, self->known.seen});
+      copy->over = std::move(known.over);
+    }
     std::copy(first.begin(), first.end(), copy->first);
     cluster->boxes.push_back(copy);
     b.under_way += 1;
@@ -108,6 +114,7 @@ void finish_a_box() {
   }
   MemoryBarrier& b = *copy->done;
   end_asynchronous_write(*copy->there, copy->to, copy->bytes, b.agent, b.phase + 1);
+  if (!copy->over.empty()) b.gathering.join({{}, {}, std::move(copy->over)});
   b.under_way -= 1, b.bytes -= copy->bytes, b.last_copied = b.phase + 1, b.last_copy = copy->at;
   if (failure.empty() && !copy->there->running) tell("the block ends while the copy asked for at " + text(copy->at) + " is under way");
   if (failure.empty()) end_phase_if_due(b, "the end of the copy asked for at " + text(copy->at));

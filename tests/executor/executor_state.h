@@ -23,8 +23,10 @@ constexpr uint32_t CELL = 2, CHUNK_BYTES = 16;  // bytes of shared memory that a
 struct Known {
   std::vector<uint32_t> seen;    // by agent: the time up to which it is known
   std::vector<uint32_t> fenced;  // the same, up to which asynchronous accesses see what fibers wrote; empty: nothing
+  std::vector<uint32_t> over;    // the same, up to which phases of barriers have ended, for all that it does not make visible; may be empty
   void join(const Known& other);
   bool sees(uint32_t agent, uint32_t time) const { return agent < seen.size() && seen[agent] >= time; }
+  bool knows_over(uint32_t agent, uint32_t time) const { return sees(agent, time) || (agent < over.size() && over[agent] >= time); }
   bool fences(uint32_t agent, uint32_t time) const { return agent < fenced.size() && fenced[agent] >= time; }
 };
 

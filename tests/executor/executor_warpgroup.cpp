@@ -35,8 +35,8 @@ struct Product {
   Asked asked;
   Operand a, b;
   Sums* sums;
-  uint32_t lanes = 0;             // that have asked for it
-  std::vector<uint32_t> own;      // [lanes, 4]: the left operand in registers
+  uint32_t lanes = 0;         // that have asked for it
+  std::vector<uint32_t> own;  // [lanes, 4]: the left operand in registers
 };
 struct Lane {
   uint32_t asked = 0, groups = 0, since = 0;  // products, commits, products since the last commit
@@ -226,8 +226,9 @@ void warpgroup_product(float* c, int columns, const uint32_t* a, unsigned long l
   if (a) std::copy(a, a + 4, p.own.begin() + l * 4);
   ++lane.asked, ++lane.since, lane.last = at;
   if (++p.lanes < LANES) return;
-  if (!p.asked.own) record(p.a, GROUP_ROWS, p.asked.group + 1, at);
-  record(p.b, n, p.asked.group + 1, at);
+  const uint32_t time = p.asked.group + 1;  // how many groups have ended when this one has
+  if (!p.asked.own) record(p.a, GROUP_ROWS, time, at);
+  record(p.b, n, time, at);
   counts.warpgroup_products += warp_of_group() == 0;
 }
 

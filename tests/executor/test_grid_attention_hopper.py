@@ -24,14 +24,15 @@ SAMPLES = [s for s in rooms.room("grid_attention").samples if s.dim <= 128 and s
 QUICK = ("gqa", "mqa_blhd", "one_frame", "causal_anchor", "part_view", "text_back_len", "frames_masked", "dim_128")
 # All kernels of a source take as long to compile as everything else here to run: of each dim the narrowest, and one with masks. The slow run
 # has all of them.
-FEW = {"WIDTHS": (64,), "LIVE_WIDTHS": (96,)}
+FEW = {"WIDTHS": {2: (64,), 3: (80,)}, "LIVE_WIDTHS": {2: (96,)}}
 
 
-def few(dim: int, kinds=("bf16", "f16"), widths=FEW) -> tuple[str, str]:
-    """An edit of a source: some of its kernels."""
-    plain = [f"VK_FORWARD_PLAIN({t}, {dim}, {w})" for t in kinds for w in widths["WIDTHS"]]
-    live = [f"VK_FORWARD_LIVE({t}, {dim}, {w})" for t in kinds for w in widths["LIVE_WIDTHS"]]
-    return f"VK_FORWARDS({dim})", " ".join(plain + live)
+def few(dim: int, kinds, widths=FEW) -> list[tuple[str, str]]:
+    """Edits of a source: some of its kernels."""
+    plain = [f"VK_FORWARD_{64 * g}({t}, {dim}, {w})" for t in kinds for g, ws in widths["WIDTHS"].items() for w in ws if g == 2 or dim == 64]
+    live = [f"VK_FORWARD_LIVE({t}, {dim}, {w})" for t in kinds for w in widths["LIVE_WIDTHS"][2]]
+    others = [("\nVK_FORWARDS_OF_THREE(64)\n", "\n")] if dim == 64 else []
+    return [(f"VK_FORWARDS({dim})", " ".join(plain + live)), *others]
 
 
 def built(*jobs):
@@ -42,15 +43,15 @@ def built(*jobs):
 
 @pytest.fixture(scope="module")
 def programs():
-    dims = list(SOURCES)
-    return {f"grid_attention_hopper_forward_{d}_": p for d, p in zip(dims, built(*((d, few(d)) for d in dims)))}
+    kinds = {64: ("bf16", "f16"), 96: ("bf16", "f16"), 128: ("bf16",)}
+    return {f"grid_attention_hopper_forward_{d}_": p for d, p in zip(kinds, built(*((d, *few(d, k)) for d, k in kinds.items())))}
 
 
 def install(monkeypatch, programs, widths=FEW, counted=None):
     """The backend on the executor. Gradients are the reference's, of the output and the lse that the kernel left."""
     for name, values in widths.items():
         monkeypatch.setattr(hopper, name, values)
-    hopper.tiling.cache_clear()
+    hopper.choose.cache_clear()
     forward = functools.partial(hopper.forward, launch=Launch(programs, counted))
     backend = registry.Backend(
         "hopper-executed", lambda q, k, v, *rest: hopper.why_not(q, k, v), op._run_with(forward), op._run_backward_with(op._reference_backward)
@@ -62,7 +63,7 @@ def install(monkeypatch, programs, widths=FEW, counted=None):
 @pytest.fixture(autouse=True)
 def chosen_anew():
     yield
-    hopper.tiling.cache_clear()
+    hopper.choose.cache_clear()
 
 
 @pytest.fixture
@@ -155,52 +156,65 @@ def test_expanded_and_strided_inputs(executed):
         assert (ours - exact).abs().max() < 0.01 * exact.abs().max()
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (2, 1)], ids=["own rows", "same rows"])
-def test_products_are_those_of_the_plan(programs, monkeypatch, heads):
+@pytest.mark.parametrize("groups, heads", [(2, (1, 1)), (2, (2, 1)), (3, (1, 1)), (3, (3, 1))])
+def test_products_are_those_of_the_plan(programs, monkeypatch, groups, heads):
     """The work done is the work counted, of each warpgroup: all main tiles, and the edge tiles that one of its rows sees."""
     counted = []
-    install(monkeypatch, programs, counted=counted)
-    attend("hopper-executed", frames=(3, 2), frame_len=100, dim=64, heads=heads)
-    tiles = Tiling(128 // heads[0], 64, 48, True)
-    tables = plan(Shape(vidkern.GridPattern(3, 2).key, 100, 0, False, False), tiles, torch.device("cpu"))
+    width = FEW["WIDTHS"][groups][0]
+    install(monkeypatch, programs, {"WIDTHS": {groups: (width,)}}, counted)
+    assert wrong(frames=(3, 2), frame_len=70, dim=64, heads=heads) < 0.01
+    tiles = Tiling(64 * groups // heads[0], width, 48, True)
+    tables = plan(Shape(vidkern.GridPattern(3, 2).key, 70, 0, False, False), tiles, torch.device("cpu"))
     expected = 0
     for first, end, _, main, at, edges in tables.tiles.tolist():
         for row in range(first, end, 64):
             seen = sum(r0 < row + 64 and r1 > row for _, _, r0, r1 in tables.edge[at : at + edges].tolist())
-            expected += heads[0] * (main * (4 + 4) + seen * (4 + 3))
+            expected += heads[0] * (main * (4 + width // 16) + seen * (4 + 3))
     [(name, counts)] = counted
-    assert name == "grid_attention_hopper_forward_64_bf16_64"
+    assert name == f"grid_attention_hopper_forward_64_bf16_{64 * groups}x{width}"
     assert counts["warpgroup_products"] == expected
     assert counts["boxes"] and counts["copies"]
 
 
 # ---- the choice of tiles ------------------------------------------------------------------------------------------------
+FORMS = [(g, w) for widths in (hopper.WIDTHS, hopper.LIVE_WIDTHS) for g, ws in widths.items() for w in ws]
+
+
 def test_shared_memory():
     """Every kernel has two stages or more in what a block may have."""
-    for dim, width in itertools.product(SOURCES, hopper.WIDTHS + hopper.LIVE_WIDTHS):
-        assert 2 <= hopper.stages(dim, width) <= 4
-        assert hopper.shared_bytes(dim, width) <= 227 * 1024
+    for dim, (groups, width) in itertools.product(SOURCES, FORMS):
+        assert 2 <= hopper.stages(dim, groups, width) <= 4
+        assert hopper.shared_bytes(dim, groups, width) <= 227 * 1024
     assert [hopper.padded(d) for d in (8, 64, 72, 96, 104, 128)] == [64, 64, 96, 96, 128, 128]
-    assert hopper.shared_bytes(128, 176) == 1024 + 128 * 256 + 4 * 176 * 256
+    assert hopper.shared_bytes(128, 2, 176) == 1024 + 128 * 256 + 4 * 176 * 256
 
 
 @pytest.mark.parametrize("frame_len, width", [(144, 144), (576, 144), (96, 96), (160, 160), (352, 176), (64, 64)])
 def test_width_follows_the_frame(frame_len, width):
     """The frame's length decides, where some width divides it, and no tile of a column frame is then cut."""
     shape = Shape(vidkern.GridPattern(4, 4).key, frame_len, 0, False, False)
-    assert hopper.tiling(shape, 2) == Tiling(64, width, 48, True)
-    assert hopper.tiling(shape).block_m == 128
+    assert hopper.choose(shape, 128, 2) == (Tiling(64, width, 48, True), 2, 2)
+    assert hopper.choose(shape, 128).tiles.block_m == 128
 
 
-def test_no_other_width_is_cheaper():
-    for frame_len, live in itertools.product((7, 100, 150, 390, 585), (False, True)):
+def test_three_warpgroups_where_they_fit():
+    """192 rows where frames have them, of narrow heads; three heads of a group on the same 64."""
+    shape = Shape(vidkern.GridPattern(4, 4).key, 576, 0, False, False)
+    assert hopper.choose(shape, 64) == (Tiling(192, 96, 48, True), 3, 1)
+    assert hopper.choose(shape, 96).groups == hopper.choose(shape, 64, live=True).groups == 2
+    assert hopper.choose(shape, 64, 3).together == 3
+
+
+def test_nothing_else_is_cheaper():
+    for frame_len, live, dim in itertools.product((7, 100, 150, 390, 585), (False, True), (64, 128)):
         shape = Shape(vidkern.GridPattern(3, 4).key, frame_len, 16, True, False)
-        chosen = hopper.tiling(shape, 1, live)
+        chosen = hopper.choose(shape, dim, 1, live).tiles
         widths = hopper.LIVE_WIDTHS if live else hopper.WIDTHS
-        assert chosen.block_n in widths
-        # By columns of score elements alone, where an edge one costs twice, at most what the tiles' own cost makes of it.
-        columns = {n: (w := work(shape, Tiling(128, n, 48, True))).main + 2 * w.edge for n in widths}
-        assert columns[chosen.block_n] <= 1.09 * min(columns.values())
+        assert (chosen.block_m, chosen.block_n) in [(64 * g, w) for g, ws in widths.items() for w in ws]
+        # By score elements alone, where one of an edge tile counts twice, at most what the other costs make of it.
+        count = {n: (w := work(shape, Tiling(128, n, 48, True))).main + 2 * w.edge for n in widths[2]}
+        ours = work(shape, chosen)
+        assert ours.main + 2 * ours.edge <= 1.15 * min(count.values())
 
 
 # ---- faults -------------------------------------------------------------------------------------------------------------
@@ -268,13 +282,14 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def faulty():
     """Programs with a fault each, of head dims up to 96."""
-    jobs = [(96, few(96, ("bf16",), kernel(fault)), *zip(edits[::2], edits[1::2])) for fault, edits in FAULTS.items()]
+    jobs = [(96, *few(96, ("bf16",), kernel(fault)), *zip(edits[::2], edits[1::2])) for fault, edits in FAULTS.items()]
     return dict(zip(FAULTS, built(*jobs)))
 
 
 def kernel(fault: str) -> dict:
     """The width of the one kernel by which a fault is told."""
-    return {"WIDTHS": (), "LIVE_WIDTHS": (96,)} if fault.startswith("dead") else {"WIDTHS": (64,), "LIVE_WIDTHS": ()}
+    live = fault.startswith("dead")
+    return {"WIDTHS": {2: () if live else (64,)}, "LIVE_WIDTHS": {2: (96,) if live else ()}}
 
 
 def caught(fault: str) -> bool:
@@ -300,20 +315,26 @@ def test_what_faults_are_told_from(executed):
 # ---- all kernels ---------------------------------------------------------------------------------------------------------
 def names(dim: int) -> set[str]:
     """Kernels of a source."""
-    widths = [str(w) for w in hopper.WIDTHS] + [f"{w}_live" for w in hopper.LIVE_WIDTHS]
-    return {f"grid_attention_hopper_forward_{dim}_{t}_{w}" for t in ("bf16", "f16") for w in widths}
+    forms = [f"{64 * g}x{w}" for g, ws in hopper.WIDTHS.items() for w in ws if g == 2 or dim == 64]
+    forms += [f"{64 * g}x{w}_live" for g, ws in hopper.LIVE_WIDTHS.items() for w in ws]
+    return {f"grid_attention_hopper_forward_{dim}_{t}_{form}" for t in ("bf16", "f16") for form in forms}
+
+
+# All widths, and in each dim as many stages as it has.
+WIDER = {64: {2: (80, 176), 3: (128,)}, 96: {2: (96, 144)}, 128: {2: (112, 160)}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", SOURCES)
-def test_every_width(monkeypatch, dim):
-    """With main and edge tiles, and as many stages as fit."""
-    widths = hopper.WIDTHS
-    [program] = built((dim, few(dim, ("bf16",), {"WIDTHS": widths, "LIVE_WIDTHS": ()})))
-    for width in widths:
-        install(monkeypatch, {f"grid_attention_hopper_forward_{dim}_": program}, {"WIDTHS": (width,)})
-        assert wrong(pattern=vidkern.FramePattern.from_lists([[0, 1, 2], [1], [2]]), frame_len=width + 24, dim=dim, heads=(2, 1)) < SOUND
-        monkeypatch.undo()
+def test_other_widths(monkeypatch, dim):
+    """With main and edge tiles, and with as many stages as fit."""
+    [program] = built((dim, *few(dim, ("bf16",), {"WIDTHS": WIDER[dim], "LIVE_WIDTHS": {2: ()}})))
+    for groups, widths in WIDER[dim].items():
+        for width in widths:
+            install(monkeypatch, {f"grid_attention_hopper_forward_{dim}_": program}, {"WIDTHS": {groups: (width,)}})
+            star = vidkern.FramePattern.from_lists([[0, 1, 2], [1], [2]])
+            assert wrong(pattern=star, frame_len=width + 24, dim=dim, heads=(2, 1)) < SOUND
+            monkeypatch.undo()
 
 
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc")
@@ -325,9 +346,9 @@ def test_machine_code(dim):
     assert set(kernels) == names(dim)
     for name, code in kernels.items():
         assert not code["spilled"] and not code["serialized"], (name, code)
-        live, width = name.endswith("_live"), int(name.removesuffix("_live").rsplit("_", 1)[1])
+        live, width = name.endswith("_live"), int(name.removesuffix("_live").rsplit("x", 1)[1])
         # S of the first main tile, S and P V within the loop and P V behind it, and the two of an edge tile.
         assert code["HGMMA"] == 2 * (dim + width) // 16 + (dim + hopper.NARROW) // 16, (name, code)
         assert code["UTMALDG"] and code["LDGSTS"] and code["USETMAXREG"] == 2 and code["STG.E.128"], (name, code)
         if live:
-            assert code["UTMALDG"] <= 4, (name, code)  # the queries
+            assert code["UTMALDG"] == 2 * (1 + (dim > 64)), (name, code)  # the queries

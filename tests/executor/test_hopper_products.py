@@ -186,13 +186,14 @@ def test_panels_are_what_descriptors_say(seed):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_ring(steps):
-    """Panels as copies of boxes leave them, and stages that are filled again once the products that read them were waited for."""
+    """Panels as copies of boxes leave them; stages that are filled again once the products that read them were waited for."""
     for seed in range(8):
-        got, expected = run_ring(Program(RULES), steps, seed)
+        got, expected, _ = run_ring(Program(RULES), steps, seed)
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def run_ring(program, steps, seed):
+    """What came of a b; what was meant; the last 64 of its depth alone."""
     g = torch.Generator().manual_seed(steps)
     a, b = (torch.randn(*shape, generator=g).bfloat16() for shape in ((64, 64 * steps), (64 * steps, 128)))
     got = torch.full((64, 128), torch.nan)
@@ -200,7 +201,7 @@ def run_ring(program, steps, seed):
     counts = program.run("piped", structure(**maps, to=got, steps=steps), blocks=1, threads=256, shared=49 << 10, reads=[a, b], writes=[got],
                          seed=seed)  # fmt: skip
     assert counts["warpgroup_products"] == 4 * steps and counts["boxes"] == 3 * steps
-    return got, a.double() @ b.double()
+    return got, a.double() @ b.double(), a[:, -64:].double() @ b[-64:].double()
 
 
 FIRST = "warpgroup_product<bf16, 80>(c, x.depth_along(0, k), y.depth_along(0, k), k > 0);\n  products_commit();"
@@ -225,7 +226,9 @@ TOLD = {
     "no barrier before products": ([(BEGUN, BEGUN.split("\n", 1)[1]), ("block_barrier();  // the tiles are there", "")], "race|nothing was written|under way"),
     "copied over before the wait": ([(OLD_TILE, OLD_TILE.split("\n")[0] + "\n"), (SUMS_READ, SUMS_READ.replace("  block_barrier();\n", ""))], "race|under way"),
     "handed over before the wait": ([(SUMS_READ, "  block_barrier();\n  products_wait<0>();\n  keep<64>(p.fourth, e);\n")], "race"),
-    "written over before the wait": ([(FOURTH, FOURTH + "\n  store4(x.base, 0);")], "race"),
+    "the right operand handed over before the wait": ([("  products_wait<1>();\n  keep<80>(p.first, c);\n", ""), (SUMS_READ, "  block_barrier();\n" + SUMS_READ.split("  block")[0] + "  keep<80>(p.first, c);\n"), ("lay<X, 64>(x, p.z);", "lay<Y, 80>(y, p.y);")], "race"),
+    "written over before the wait": ([(FOURTH, FOURTH + "\n  if (thread_index() == 255) store4(x.chunk(63, 15), 0);")], "race: (write of shared byte .* and a read|asynchronous read .* by thread 255)"),
+    "the right operand written over before the wait": ([(FOURTH, FOURTH + "\n  if (thread_index() == 255) store4(y.chunk(79, 15), 0);")], "race: (write of shared byte .* and a read|asynchronous read .* by thread 255)"),
     "descriptors differ by warp": ([(SAME_LINE, SAME_LINE.replace("y.depth_along(0, k)", "y.depth_along(warp_index() == 6 ? 8 : 0, k)")), ("[80, 128], [64, 128]; bf16", "bf16")], "warps of a warpgroup part"),
     "descriptors differ by lane": ([(SAME_LINE, SAME_LINE.replace("y.depth_along(0, k)", "y.depth_along(lane_index() == 6 ? 8 : 0, k)"))], "lanes of a warp part"),
     "a warp leaves one out": ([("for (i32 k = 4; k < 8; ++k)", "for (i32 k = 4; k < (warp_index() == 5 ? 7 : 8); ++k)")], "warps of a warpgroup part"),
@@ -256,7 +259,7 @@ RING = {
 
 @pytest.fixture(scope="module")
 def faulty():
-    edits = {name: edit for name, (edit, _) in (TOLD | WRONG | RING).items()}
+    edits = {name: edit for name, (edit, _) in (TOLD | WRONG | RING).items()} | {"anew": [("i + k > 0", "k > 0")]}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(edits, pool.map(lambda e: Program(RULES, *e), edits.values())))
 
@@ -285,3 +288,8 @@ def test_a_fault_in_a_ring_is_told(faulty, fault):
     for seed in range(8):
         with pytest.raises(KernelError, match=RING[fault][1]):
             run_ring(faulty[fault], 5, seed)
+
+
+def test_sums_begin_anew_behind_a_product_under_way(faulty):
+    got, _, last = run_ring(faulty["anew"], 3, 0)
+    torch.testing.assert_close(got.double(), last, rtol=1e-5, atol=1e-4)

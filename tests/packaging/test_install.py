@@ -3,16 +3,27 @@
 import sys
 import tarfile
 import zipfile
+from functools import partial
 
 import pytest
 from tree import ROOT, copy_checkout, fresh_environment, pip_install, run
 
 
+def build(folder):
+    """(the sources, what the build said)."""
+    tree = copy_checkout(folder / "tree")
+    # Optimised builds are what all other tests run on; this one is about what the files hold, and computes a few numbers.
+    return tree, run("-m", "build", "--no-isolation", "--outdir", "dist", cwd=tree, VIDKERN_BUILD="require", CXXFLAGS="-O0")
+
+
+def beside(items, folder):
+    return {"build": partial(build, folder)} if any("built" in item.fixturenames for item in items) else {}
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(beside):
     """(the sources, the source archive made of them, the wheel made of that)."""
-    tree = copy_checkout(tmp_path_factory.mktemp("checkout") / "tree")
-    done = run("-m", "build", "--no-isolation", "--outdir", "dist", cwd=tree, VIDKERN_BUILD="require")
+    tree, done = beside("build")
     assert done.returncode == 0, done.stdout
     return tree, next((tree / "dist").glob("*.tar.gz")), next((tree / "dist").glob("*.whl"))
 

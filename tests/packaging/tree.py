@@ -8,6 +8,8 @@ import sysconfig
 import venv
 from pathlib import Path
 
+from beside import ENVIRONMENT, process
+
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = (
     *("setup.py", "pyproject.toml", "constraints.txt", "MANIFEST.in", "README.md", "CONTRIBUTING.md", "LICENSE"),
@@ -57,11 +59,8 @@ def with_tiny_sources(tree: Path) -> Path:
 def run(*arguments, cwd: Path, python: str = sys.executable, **variables) -> subprocess.CompletedProcess:
     """Runs ``python arguments`` in ``cwd`` with a plain build environment plus ``variables``; output is one text."""
     ours = ("VIDKERN_", "PYTHONPATH", "CXX", "CPPFLAGS", "LDFLAGS")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(ours)} | variables
-    return subprocess.run(
-        [python, *map(str, arguments)],
-        **dict(cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True),
-    )
+    env = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(ours)} | variables
+    return process([python, *arguments], cwd=cwd, env=env, stderr=subprocess.STDOUT)
 
 
 def fresh_environment(folder: Path) -> str:

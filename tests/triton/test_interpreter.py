@@ -1,21 +1,21 @@
 """The every-op tests on the Triton backends, in processes of their own that run Triton's interpreter on the CPU."""
 
-import os
+import functools
 import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from beside import ENVIRONMENT, process
 
 pytest.importorskip("triton")  # VIDKERN_REQUIRE=triton-interpret makes its absence an error
 pytestmark = pytest.mark.timeout(1500)  # each is a whole run of its own
 ROOT = Path(__file__).parents[2]
 EVERY_OP = "tests/every_op/"
-# name: (arguments of pytest, tests that must pass at least). The longest first: as many run at a time as there are processors.
+# name: (arguments of pytest, tests that must pass at least). The longest first.
 RUNS = {
-    "attention accuracy": ((EVERY_OP + "test_accuracy.py", "-k", "triton and grid_attention"), 32),
+    "attention accuracy": ((EVERY_OP + "test_accuracy.py", "-k", "triton and grid_attention"), 22),
     "accuracy": ((EVERY_OP + "test_accuracy.py", "-k", "(triton and not grid_attention) or matrix"), 72),
     "properties": ((EVERY_OP + "test_grid_attention.py", EVERY_OP + "test_torch.py", "-k", "triton"), 10),
     "memory": ((EVERY_OP + "test_memory.py", "-k", "triton"), 10),
@@ -30,7 +30,7 @@ RUNS = {
 }
 # Every sample in every dtype, and what is marked slow.
 SLOW_RUNS = {
-    "the rest": (("tests/every_op", "-m", "slow", "-k", "triton"), 50),
+    "the rest": (("tests/every_op", "-m", "slow", "-k", "triton"), 150),
     # Every shipped tile, and what a user sees of it; ties have a quicker test of their own.
     "motion, whole": (
         ("tests/triton/amf_interpreted.py", EVERY_OP + "test_motion.py", "-k", "(amf_interpreted and (without_gradient or every_shipped)) "
@@ -40,19 +40,17 @@ SLOW_RUNS = {
 
 
 def run(arguments):
-    """pytest in the interpreter's process; (exit status, what it printed)."""
+    """pytest in the interpreter's process; (exit status, what it printed, its last line)."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "1200", *arguments]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "VIDKERN_REQUIRE": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    env = ENVIRONMENT | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "VIDKERN_REQUIRE": ""}
+    done = process(command, cwd=ROOT, env=env)
     return done.returncode, done.stdout[-6000:] + done.stderr[-2000:], done.stdout.strip().splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def results(request):
-    """{name: future of a run} of the tests that were chosen: each run takes one processor for minutes."""
-    chosen = [i.callspec.params["name"] for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {name: pool.submit(run, (RUNS | SLOW_RUNS)[name][0]) for name in chosen}
+def beside(items, folder):
+    """Each run takes one processor for up to minutes."""
+    chosen = [item.callspec.params["name"] for item in items if hasattr(item, "callspec")]
+    return {name: functools.partial(run, (RUNS | SLOW_RUNS)[name][0]) for name in chosen}
 
 
 def check(result, at_least):
@@ -63,14 +61,14 @@ def check(result, at_least):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_in_the_interpreter(results, name):
-    check(results[name].result(), RUNS[name][1])
+def test_in_the_interpreter(beside, name):
+    check(beside(name), RUNS[name][1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_RUNS)
-def test_the_rest_in_the_interpreter(results, name):
-    check(results[name].result(), SLOW_RUNS[name][1])
+def test_the_rest_in_the_interpreter(beside, name):
+    check(beside(name), SLOW_RUNS[name][1])
 
 
 def test_a_run_that_fails_is_seen():

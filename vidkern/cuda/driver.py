@@ -123,7 +123,8 @@ class Driver:
                 error = self._encode(*given)
         if error:
             said = f"sizes {tuple(sizes)}, strides {tuple(strides)}, box {tuple(box)} at {address:#x}"
-            raise RuntimeError(f"cuTensorMapEncodeTiled: {self._cu.CUresult(error).name} for {said}")
+            name = next((known.name for known in self._cu.CUresult if int(known) == error), error)
+            raise RuntimeError(f"cuTensorMapEncodeTiled: {name} for {said}")
         return made
 
     def _entry(self, name: str) -> _Encode:

@@ -1,9 +1,10 @@
-"""Launcher of the forward for compute capability 9.0a (csrc/cuda/grid_attention_hopper*): which width of tiles, and with which parameters."""
+"""Launcher of the forward for compute capability 9.0a (csrc/cuda/grid_attention_hopper*): which tiles, and with which parameters."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -11,18 +12,22 @@ from ...cuda.tensor_map import PANEL, TensorMap, parameters
 from .cuda import _LOG2E, _NAMES, Strides, _addresses, _live, _strides, why_not
 from .plan import Shape, Tiling, plan, work
 
-__all__ = ["SOURCES", "forward", "tiling", "why_not"]
+__all__ = ["SOURCES", "choose", "forward", "why_not"]
 
 # Source below csrc/cuda -> what the names of its kernels begin with.
 SOURCES = {f"grid_attention_hopper_{dim}": (f"grid_attention_hopper_forward_{dim}_",) for dim in (64, 96, 128)}
-SHARE, GROUPS, THREADS = 64, 2, 384  # rows of a consumer warpgroup, such warpgroups of a block, and threads with the producer's
+SHARE = 64  # rows of a consumer warpgroup
+GROUPS, THREADS = 2, 384  # consumer warpgroups and threads of most blocks
 NARROW = 48  # columns of an edge tile
-WIDTHS = (64, 80, 96, 112, 128, 144, 160, 176)  # columns of a main tile
-LIVE_WIDTHS = (96, 144)  # the same where masks on the device hide keys
+# Consumer warpgroups of a block -> columns of a main tile, and the same where masks on the device hide keys. Three of them have registers
+# for head dims up to 64.
+WIDTHS = {GROUPS: (64, 80, 96, 112, 128, 144, 160, 176), 3: (64, 80, 96, 112, 128)}
+LIVE_WIDTHS = {GROUPS: (96, 144)}
 MEMORY, ALIGN = 232448, 1024  # bytes of shared memory of a block, and those that its barriers take
-# What a column of an edge tile costs in columns of a main tile (nothing runs beside its exponentials in its warpgroup), and what a tile
-# costs beside its columns. Assumptions until a sweep on a GPU replaces them.
-EDGE_COST, TILE_COST = 2.0, 8
+# Costs in columns of a main tile, each of two warpgroups: what a column of an edge tile is (nothing runs beside its exponentials in its
+# warpgroup), what a tile takes beside its columns, and what share three warpgroups take, which load less for each row. Assumptions until
+# a sweep on a GPU replaces them.
+EDGE_COST, TILE_COST, SHARES = 2.0, 8, {GROUPS: 1.0, 3: 0.95}
 
 Forward = parameters(
     "Forward",
@@ -42,35 +47,48 @@ def padded(head_dim: int) -> int:
     return next(d for d in (64, 96, 128) if head_dim <= d)
 
 
-def stages(dim: int, width: int) -> int:
+def stages(dim: int, groups: int, width: int) -> int:
     """Stages of keys, and of values, that fit into shared memory beside the queries; rows take whole panels of 64 values."""
-    panels = -(-dim // PANEL)
-    free = MEMORY - ALIGN - GROUPS * SHARE * panels * PANEL * 2
-    return min(4, free // (2 * width * panels * PANEL * 2))
+    row = -(-dim // PANEL) * PANEL * 2
+    return min(4, (MEMORY - ALIGN - groups * SHARE * row) // (2 * width * row))
 
 
-def shared_bytes(dim: int, width: int) -> int:
+def shared_bytes(dim: int, groups: int, width: int) -> int:
     """Shared memory of a block."""
-    return ALIGN + -(-dim // PANEL) * PANEL * 2 * (GROUPS * SHARE + 2 * stages(dim, width) * width)
+    return ALIGN + -(-dim // PANEL) * PANEL * 2 * (groups * SHARE + 2 * stages(dim, groups, width) * width)
+
+
+class Choice(NamedTuple):
+    """The tiles of a block, its consumer warpgroups, and its query heads: 1, or of a group as many as warpgroups, each of which has the
+    same rows of another one."""
+
+    tiles: Tiling
+    groups: int
+    together: int
 
 
 @functools.lru_cache(maxsize=256)
-def tiling(shape: Shape, together: int = 1, live: bool = False) -> Tiling:
-    """The tiles of a block: of the widths that there are, the one whose plan costs least, the widest of equals.
+def choose(shape: Shape, dim: int, group: int = 1, live: bool = False) -> Choice:
+    """What costs least, and of equals the widest.
 
     Args:
         shape: what the plan is made for.
-        together: query heads of a block, 1 or :data:`GROUPS`: of several, each warpgroup has the same rows of another one.
+        dim: of the kernels, :func:`padded`.
+        group: query heads that share a key head.
         live: whether masks on the device hide keys.
     """
-    rows = SHARE * GROUPS // together
 
-    def cost(width: int) -> float:
-        w = work(shape, Tiling(rows, width, NARROW, True))
-        return w.main * (1 + TILE_COST / width) + w.edge * (EDGE_COST + TILE_COST / NARROW)
+    def cost(choice: Choice) -> float:
+        w = work(shape, choice.tiles)
+        columns = w.main * (1 + TILE_COST / choice.tiles.block_n) + w.edge * (EDGE_COST + TILE_COST / NARROW)
+        return columns * SHARES[choice.groups]
 
-    width = min(reversed(LIVE_WIDTHS if live else WIDTHS), key=cost)
-    return Tiling(rows, width, NARROW, True)
+    choices = []
+    for groups, widths in (LIVE_WIDTHS if live else WIDTHS).items():
+        if groups == GROUPS or dim == 64:
+            together = groups if group % groups == 0 else 1
+            choices += [Choice(Tiling(SHARE * groups // together, n, NARROW, True), groups, together) for n in reversed(widths)]
+    return min(choices, key=cost)
 
 
 @functools.lru_cache(maxsize=None)
@@ -101,17 +119,17 @@ def forward(q, k, v, valid, kv_len, text_len, *, pattern, frame_len, n_text, tex
     batch, heads = q.shape[:2]
     group = heads // k.shape[1]
     live, live_step = _live(q, valid, kv_len, text_len, pattern.n_frames, frame_len, n_text, text_front)
-    together = GROUPS if group % GROUPS == 0 else 1
     shape = Shape(pattern.key, frame_len, n_text, text_front and n_text > 0, False)
-    tiles = tiling(shape, together, live is not None)
+    dim = padded(q.shape[3])
+    tiles, groups, together = choose(shape, dim, group, live is not None)
     tables = _tables(shape, tiles, q.device)
-    width, dim = tiles.block_n, padded(q.shape[3])
+    width = tiles.block_n
     given = Forward(
         _map(launch, q, SHARE), _map(launch, k, width), _map(launch, v, width),
         *_addresses(k, v, out, lse, *tables, live), *_strides(k, v, out, lse), live_step,
         tables.n_tiles, heads, group, together, q.shape[3], scale * _LOG2E,
     )  # fmt: skip
-    name = f"grid_attention_hopper_forward_{dim}_{_NAMES[q.dtype]}_{width}{'_live' if live is not None else ''}"
+    name = f"grid_attention_hopper_forward_{dim}_{_NAMES[q.dtype]}_{groups * SHARE}x{width}{'_live' if live is not None else ''}"
     blocks = tables.n_tiles * batch * (heads // together)
     reads = [q, k, v, *tables, *([] if live is None else [live])]
-    launch(name, given, blocks, THREADS, shared_bytes(dim, width), reads, [out, lse])
+    launch(name, given, blocks, 128 * (groups + 1), shared_bytes(dim, groups, width), reads, [out, lse])

@@ -1,0 +1,71 @@
+"""Processes that tests wait for, begun as soon as it is known which tests were chosen, on the processors that other tests leave idle.
+
+A test module that has such work defines ``beside(items, folder)``: of its chosen tests and a folder to write into, {name: call}, the
+longest first. Its tests take the fixture ``beside``: ``beside(name)`` is what the call returned, or raises what it raised. The calls run
+in threads while other tests run: they start processes by :func:`process`, and leave the state of this one alone.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+ENVIRONMENT = dict(os.environ)  # before the first test, of which some change it for a while
+_running: set[subprocess.Popen] = set()
+
+
+def process(command, *, env=None, **options) -> subprocess.CompletedProcess:
+    """``subprocess.run`` with texts of both outputs, in ``ENVIRONMENT`` unless told otherwise. Beside tests it leaves the processor to them."""
+    polite = [] if threading.current_thread() is threading.main_thread() or not shutil.which("nice") else ["nice", "-n", "10"]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*polite, *map(str, command)], env=ENVIRONMENT if env is None else env, **(pipes | options)) as child:
+        _running.add(child)
+        try:
+            stdout, stderr = child.communicate()
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            _running.discard(child)
+    return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
+
+
+class Beside:
+    """The calls of all chosen tests, as many at a time as there are processors but this one."""
+
+    def __init__(self, items):
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._calls = {}
+        chosen = {}
+        for item in items:
+            chosen.setdefault(getattr(item, "module", None), []).append(item)
+        for module in (m for m in chosen if hasattr(m, "beside")):
+            folder = Path(self._folder.name, module.__name__)
+            folder.mkdir()
+            self._calls |= {(module.__name__, name): call for name, call in module.beside(chosen[module], folder).items()}
+        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
+        self._results = {key: self._pool.submit(call) for key, call in self._calls.items()}
+
+    def result(self, module: str, name):
+        key = module, name
+        if self._results[key].cancel():
+            # It has not begun: waiting, this processor would be idle.
+            self._results[key] = Future()
+            try:
+                self._results[key].set_result(self._calls[key]())
+            except Exception as error:
+                self._results[key].set_exception(error)
+        return self._results[key].result()
+
+    def end(self):
+        """Nothing is begun any more, and what runs is ended."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for child in list(_running):
+            with contextlib.suppress(OSError):
+                child.kill()
+        self._pool.shutdown()
+        self._folder.cleanup()
