@@ -94,7 +94,7 @@ def measure(rounds: int = 25) -> dict:
     import torch
 
     import vidkern
-    from vidkern.ops.grid_attention import cuda
+    from vidkern.ops.grid_attention import cuda, hopper
 
     from . import harness, overhead
 
@@ -103,8 +103,8 @@ def measure(rounds: int = 25) -> dict:
     rules = {"pattern": pattern, "frame_len": 16, "n_text": 0, "text_front": False, "scale": 0.125, "out": out, "lse": lse}
     name, given = "grid_attention_forward_bf16_64", cuda.Forward()
     with on_cpu_tensors() as launch, torch.no_grad():
-        forward = lambda: cuda.forward(q, k, v, None, None, None, launch=launch, **rules)  # noqa: E731
-        forward()
+        forward = lambda of: of.forward(q, k, v, None, None, None, launch=launch, **rules)  # noqa: E731
+        forward(cuda)
         function, slot = launch._kernels[-1, name].function, (ctypes.c_void_p * 1)(ctypes.addressof(given))
         call = launch._driver._launch_kernel
         # As of k in the launchers for compute capability 9.0: channels, tokens, heads, samples.
@@ -116,7 +116,8 @@ def measure(rounds: int = 25) -> dict:
                 "the launch layer": lambda: launch(name, given, 8, 128, 60_000, [q, k, v], [out, lse]),
                 "a tensor map that is kept": lambda: launch.tensor_map(k, sizes, strides, box),
                 "a tensor map that is encoded": lambda: launch._encode(*numbers),
-                "grid attention's launcher": forward,
+                "grid attention's launcher": lambda: forward(cuda),
+                "the same for compute capability 9.0": lambda: forward(hopper),
                 "vidkern.grid_attention": lambda: vidkern.grid_attention(q, k, v, grid=(3, 2), impl="cuda"),
             },
             harness.cpu_timer,

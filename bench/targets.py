@@ -99,6 +99,7 @@ class GpuTarget:
 
 # FlashAttention-3 is the ceiling where it is installed; else the fastest dense attention that is, and the verdict names it.
 DENSE_FIRST = "dense FlashAttention-3"
+# Rates ("tflops") are for H100 and H200, on which torch.mm reaches 700 to 790 TFLOP/s.
 GPU = (
     GpuTarget("triton", "fwd", "dense", 0.60, 0.75),
     GpuTarget("triton", "bwd", "dense", 0.45, 0.60),
@@ -109,7 +110,7 @@ GPU = (
     GpuTarget("", "bwd", "deterministic", 0.65),
     GpuTarget("", "fwd", "plan", 0.020),
     *(
-        GpuTarget("cuda", mode, "tflops", value, shapes=shapes)
+        GpuTarget("hopper", mode, "tflops", value, shapes=shapes)
         for mode, rates in (("fwd", (560, 400, 450)), ("bwd", (420, 300, 330)))
         for shapes, value in zip((("C", "D", "E"), ("A", "B"), ("F",)), rates)
     ),

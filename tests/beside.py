@@ -2,12 +2,14 @@
 
 A test module that has such work defines ``beside(items, folder)``: of its chosen tests and a folder to write into, {name: call}, the
 longest first. Its tests take the fixture ``beside``: ``beside(name)`` is what the call returned, or raises what it raised. The calls run
-in threads while other tests run: they start processes by :func:`process`, and leave the state of this one alone.
+in threads while other tests run: they start processes by :func:`started` or
+:func:`process`, and leave the state of this one alone.
 """
 
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -18,20 +20,34 @@ ENVIRONMENT = dict(os.environ)  # before the first test, of which some change it
 _running: set[subprocess.Popen] = set()
 
 
-def process(command, *, env=None, **options) -> subprocess.CompletedProcess:
-    """``subprocess.run`` with texts of both outputs, in ``ENVIRONMENT`` unless told otherwise. Beside tests it leaves the processor to them."""
+@contextlib.contextmanager
+def started(command, *, env=None, **options):
+    """``subprocess.Popen`` with texts of both outputs, in ``ENVIRONMENT`` unless told otherwise. Beside tests it leaves the processor to them."""
     polite = [] if threading.current_thread() is threading.main_thread() or not shutil.which("nice") else ["nice", "-n", "10"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*polite, *map(str, command)], env=ENVIRONMENT if env is None else env, **(pipes | options)) as child:
+    alone = {"start_new_session": True, "env": ENVIRONMENT if env is None else env}
+    with subprocess.Popen([*polite, *map(str, command)], **(pipes | alone | options)) as child:
         _running.add(child)
         try:
-            stdout, stderr = child.communicate()
+            yield child
         except BaseException:
-            child.kill()
+            _kill(child)
             raise
         finally:
             _running.discard(child)
+
+
+def process(command, **options) -> subprocess.CompletedProcess:
+    """The same, to its end."""
+    with started(command, **options) as child:
+        stdout, stderr = child.communicate()
     return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
+
+
+def _kill(child) -> None:
+    """And what it has started."""
+    with contextlib.suppress(OSError):
+        os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
 
 
 class Beside:
@@ -65,7 +81,6 @@ class Beside:
         """Nothing is begun any more, and what runs is ended."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for child in list(_running):
-            with contextlib.suppress(OSError):
-                child.kill()
+            _kill(child)
         self._pool.shutdown()
         self._folder.cleanup()

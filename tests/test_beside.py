@@ -59,10 +59,14 @@ def test_a_process_has_the_environment_of_before(work, monkeypatch):
 
 
 def test_nothing_outlives_the_run(work, tmp_path):
-    command = [sys.executable, "-c", f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(300)"]
-    begun = work(long=lambda: subject.process(command), never=lambda: (tmp_path / "never").touch())
+    """Nor what a process has started."""
+    inner = f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(300)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    begun = work(long=lambda: subject.process([sys.executable, "-c", outer]), never=lambda: (tmp_path / "never").touch())
     while not (tmp_path / "up").exists():
         time.sleep(0.01)
-    begun.end()
+    before = time.monotonic()
+    begun.end()  # waits until the pipes are closed, which both processes hold
+    assert time.monotonic() - before < 60
     assert begun._results["some_module", "long"].result(0).returncode < 0
     assert not (tmp_path / "never").exists() and not os.path.exists(begun._folder.name)

@@ -1,7 +1,7 @@
-// Attention motion flow, forward and vote, for compute capability 9.0a: amf.cu's results by wgmma. A block of 128 rows, which lie in one or several
-// frames that look at one target, goes over all keys of that target. A producer warp brings boxes by the tensor memory accelerator through
-// a ring of stages; two warpgroups of 64 rows multiply, and carry an online softmax with the keys' places. Keys past a frame's end are those
-// of the next frame, or zeros: their products are overwritten.
+// Attention motion flow, forward and vote, for compute capability 9.0a: amf.cu's results by wgmma. A block of 128 rows, which lie in one or
+// several frames that look at one target, goes over all keys of that target. A producer warp brings boxes by the tensor memory accelerator
+// through a ring of stages; two warpgroups of 64 rows multiply, and carry an online softmax with the keys' places. Keys past a frame's end
+// are those of the next frame, or zeros: their products are overwritten.
 #include "amf_hopper.h"
 
 namespace vk {
@@ -33,7 +33,8 @@ struct Task {
 };
 
 // Boxes of the block's rows: 64 channels from `channel` on of all pieces.
-VK_DEVICE void bring_rows(const Forward& g, const i32 (&tokens)[PIECES], Shared<u8> panel, i32 channel, i32 z, i32 batch, Shared<u64> done) {
+VK_DEVICE void bring_rows(const Forward& g, const i32 (&tokens)[PIECES], Shared<u8> panel, i32 channel, i32 z, i32 batch,
+                          Shared<u64> done) {
   VK_UNROLL
   for (i32 n = 0; n < PIECES; ++n) copy_box(panel + n * PIECE * STEP * 2, g.q, channel, tokens[n], z, batch, done);
 }

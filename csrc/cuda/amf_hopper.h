@@ -14,13 +14,13 @@ using hopper::leads;
 using hopper::Panels;
 using hopper::Ring;
 
-constexpr i32 ROWS = 128;      // of a block; 64 of each of its two warpgroups that multiply
-constexpr i32 COLUMNS = 128;   // keys of a product
-constexpr i32 PIECE = 16;      // rows of a warp: those of one frame, so that a box holds them
+constexpr i32 ROWS = 128;     // of a block; 64 of each of its two warpgroups that multiply
+constexpr i32 COLUMNS = 128;  // keys of a product
+constexpr i32 PIECE = 16;     // rows of a warp: those of one frame, so that a box holds them
 constexpr i32 PIECES = ROWS / PIECE;
 constexpr i32 STAGES = 4;
-constexpr u32 READERS = 8;     // warps that multiply
-constexpr i32 FEW = 40, MANY = 232;  // registers of a producer's threads and of the others: of 168 each at the start
+constexpr u32 READERS = 8;           // warps that multiply
+constexpr i32 FEW = 40, MANY = 232;  // registers of a producer's threads and of the others, of 168 each at the start
 
 // Rows of one query frame that look at one target.
 struct Piece {
@@ -28,8 +28,8 @@ struct Piece {
   VK_DEVICE Piece(const i32* at) { token = load(at), entry = load(at + 1), rows = load(at + 2), target = load(at + 3); }
 };
 
-// What a lane holds of its two rows: the largest product, and, relative to it, sums of e = 2^(logit - largest), e x, e y and, FULL, e (logit
-// - largest); and the lowest key that has the largest.
+// What a lane holds of its two rows: the largest product, and, relative to it, sums of e = 2^(logit - largest), e x, e y and, FULL,
+// e (logit - largest); and the lowest key that has the largest.
 template <bool FULL>
 struct Rows {
   float best[2], total[2], x[2], y[2], tilt[FULL ? 2 : 1];
@@ -42,8 +42,7 @@ struct Rows {
   }
   VK_DEVICE float top(i32 h, float scale_log2) const { return max_of(best[h] * scale_log2, LEAST); }
 
-  // Products with the keys from `first` on. Whole: the frame has them all; then the products are only read, and their registers may be sums of
-  // a product to come. Else they are taken times `sign`, and those past the frame's end, with another frame's keys, are not seen.
+  // Products with the keys from `first` on, times `sign`; those past the frame's end, with another frame's keys, are not seen.
   VK_DEVICE void fold(Accumulator (&s)[COLUMNS / 8], i32 first, const Frame& f, float scale_log2, float sign) {
     if (sign != 1.0f) {
       VK_UNROLL
@@ -60,6 +59,7 @@ struct Rows {
     }
     fold_whole(s, first, f, scale_log2);
   }
+  // The same where the frame has them all. Products are only read: their registers may be those of a product to come.
   VK_DEVICE void fold_whole(const Accumulator (&s)[COLUMNS / 8], i32 first, const Frame& f, float scale_log2) {
     const i32 own = first + accumulator_column(0);
     float now[2];

@@ -1,7 +1,7 @@
 // Attention motion flow, backward of one head per group and up to 128 channels, for compute capability 9.0a: what amf_backward.cu does by
-// mma.sync after its prepare kernel. A block has 128 rows, of queries for dQ and of keys for dK, and goes over tokens of the other frames: a
-// producer warpgroup brings them and says in a note what a stage holds; two warpgroups of 64 rows make P again, and with the gradients of
-// the logits in registers the second product. Tokens past a frame's end come as zeros, and so do queries without gradient: they may hold
+// mma.sync after its prepare kernel. A block has 128 rows, of queries for dQ and of keys for dK, and goes over tokens of the other frames.
+// A producer warpgroup brings them and says in a note what a stage holds; two warpgroups of 64 rows make P again, and, with the gradients of
+// the logits in registers, the second product. Tokens past a frame's end come as zeros, and so do queries without gradient: they may hold
 // anything. Deterministic.
 #include "amf_hopper.h"
 #include "device/philox.h"
@@ -10,8 +10,8 @@ namespace vk {
 namespace amf {
 
 struct Backward {
-  // Of a sample, as all others are: q and k for dQ, k and q for dK, [G, F, S, d]; boxes of 64 channels by HALF rows, and by KEYS keys or PIECE
-  // queries.
+  // Of a sample, as all others are: q and k for dQ, k and q for dK, [G, F, S, d]; boxes of 64 channels by HALF rows, and by KEYS keys or
+  // PIECE queries.
   TensorMap rows, tokens;
   const void* q;               // for dK
   const Slope* slopes;         // [G, P, S]
@@ -33,8 +33,8 @@ struct Note {
   i32 pair, first;
 };
 
-// A block of rows, and what dQ and dK share. Shared memory: barriers and notes, the rows, the stages with TOKENS tokens each and, of queries,
-// what their gradients say.
+// A block of rows, and what dQ and dK share. Shared memory: barriers and notes, the rows, the stages with TOKENS tokens each and, of
+// queries, what their gradients say.
 template <typename T, i32 DIM, i32 TOKENS, bool QUERIES>
 struct Program {
   using Left = Panels<ROWS, DIM>;
@@ -74,11 +74,12 @@ struct Program {
   }
   VK_DEVICE void leave_note(i32 i, u32 readers, i32 pair, i32 token) const { store16(note(i), Words{{readers, u32(pair), u32(token), 0}}); }
 
-  // A warpgroup's work: after `turn_to(note)`, `gradient(s, note, i)` makes gradients of the logits of products s with the tokens of stage i.
+  // A warpgroup's work: `turn_to(note, sees)` says which of a lane's rows have a gradient, `gradient(s, note, i)` makes gradients of the
+  // logits of products s with the tokens of stage i.
   template <typename Turn, typename Gradient>
   VK_DEVICE void work(Turn turn_to, Gradient gradient) {
     const i32 half = group_index() - 1, row = half * HALF;
-    // PART: what a stage adds, in these rows alone; else it is added at once.
+    // PART: what a stage adds is kept apart until it is known, and goes to the rows that have a gradient; else it is added by the product.
     Accumulator out[DIM / 8], part[PART ? DIM / 8 : 1];
     bool seen[2] = {false, false};
     clear(out), clear(part);
@@ -145,7 +146,8 @@ struct Program {
     VK_UNROLL_TWICE
     for (i32 n = i32(lane_index()); n < PIECE * DIM / CHUNK; n += i32(WARP)) {
       const i32 at = n / (DIM / CHUNK), c = n % (DIM / CHUNK);
-      if (first + own + at < g.frame.size && c * CHUNK < g.dim) store16(to + at * g.out_token + c * CHUNK, load16(left().chunk(own + at, c)));
+      if (first + own + at < g.frame.size && c * CHUNK < g.dim)
+        store16(to + at * g.out_token + c * CHUNK, load16(left().chunk(own + at, c)));
     }
   }
 };

@@ -50,7 +50,7 @@ VK_DEVICE void fill(const Panels<ROWS, DIM>& to, const T* from, i64 step, i32 fi
   copies_commit();
 }
 
-// The producer warpgroup's copies but for its last LAG groups are there: the stage that they filled is full. Its barrier counts one arrival.
+// The producer warpgroup's copies but for its last LAG groups are there: the stage they filled is full. Its barrier counts one arrival.
 template <int LAG>
 VK_DEVICE void filled(Shared<u64> full) {
   copies_wait<LAG>();

@@ -231,7 +231,7 @@ VK_DEVICE void consume(const Jobs& jobs) {
   }
 }
 
-// What a kernel does; jobs: of this block. Blocks of a cluster end as they like: each has waited for all that others do to it.
+// What a kernel does; jobs: of this block.
 template <typename F, typename Jobs>
 VK_DEVICE void run(const Jobs& jobs) {
   if (thread_index() == 0) {
@@ -246,6 +246,11 @@ VK_DEVICE void run(const Jobs& jobs) {
   } else {
     registers_up<WORKER_REGISTERS>();
     consume<F>(jobs);
+  }
+  if constexpr (F::BLOCKS > 1) {
+    // Only the others wait for this block's copies to them: it stays until they have.
+    warp_barrier();
+    cluster_barrier();
   }
 }
 

@@ -355,11 +355,11 @@ def test_targets_of_the_triton_tier():
     assert str(targets.evaluate_gpu(with_flash3)[0]).startswith("MISSED   0.571 of the rate of dense FlashAttention-3")
 
 
-def test_targets_of_cuda_kernels_apply_to_their_shapes():
+def test_targets_of_hopper_kernels_apply_to_their_shapes():
     assert not any("useful TFLOP/s" in v.text for v in targets.evaluate_gpu(block()))
     found = block()
-    found["rows"][0]["name"] = "vidkern cuda"
-    assert "MISSED   400 useful TFLOP/s, vidkern cuda, target at least 560 (off by 29%)" in map(str, targets.evaluate_gpu(found))
+    found["rows"][0]["name"] = "vidkern hopper"
+    assert "MISSED   400 useful TFLOP/s, vidkern hopper, target at least 560 (off by 29%)" in map(str, targets.evaluate_gpu(found))
     found["shape"]["name"] = "G"
     assert not any("useful TFLOP/s" in v.text for v in targets.evaluate_gpu(found))
 

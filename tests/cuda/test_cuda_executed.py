@@ -122,3 +122,65 @@ def test_what_it_cannot_serve_is_left_out_of_a_verification(executing, monkeypat
     assert unit.state == "passed" and 0 < unit.worst["max"] <= accuracy.RATIO_MAX
     assert any(f"{chosen[-1].name}: it cannot serve it: head_dim is {chosen[-1].dim}" in text for text in unit.left_out), unit.left_out
     assert "left out" in "\n".join(command.table([unit]))
+
+
+# ---- compute capability 9.0 alone -----------------------------------------------------------------------------------------
+def near(found, right, bound):
+    for a, b in zip(found, right, strict=True):
+        assert (a.double() - b).abs().max() < bound * b.abs().max()
+
+
+def test_hopper_forward_and_backward(executing):
+    """Kernels of two kinds in one call: those for 9.0 alone, and the one that serves both; the maps are what the driver encoded."""
+    near(attend("hopper"), attend("reference"), 0.015)
+    assert [given.name.partition("_bf16")[0] for given in executing.cu.launches] == [
+        "grid_attention_hopper_forward_64", "grid_attention_delta", "grid_attention_hopper_dq_64", "grid_attention_hopper_dkv_64",
+    ]  # fmt: skip
+    loaded = [arguments for name, arguments in executing.cu.calls if name == "cuModuleLoadData"]
+    assert loaded == [(b"grid_attention_hopper_64",), (b"grid_attention_backward",), (b"grid_attention_hopper_backward_64",)]
+    # More than 48 KB each; q, k and v are mapped, and twice two rows and two columns.
+    assert executing.cu.count("cuFuncSetAttribute") == 3 and executing.cu.refused is None
+    assert 3 < len(executing.cu.maps) <= 3 + 4 * 2 and executing.cu.count("cuGetProcAddress") == 1
+
+
+def test_hopper_maps_that_lie_are_noticed(executing, monkeypatch):
+    """The kernel reads what the driver encoded: a stride lost on the way is noticed."""
+    monkeypatch.setattr(executing.cu, "encode", lambda given: encode(SimpleNamespace(**{**vars(given), "strides": (160, *given.strides[1:])})))
+    with pytest.raises(KernelError, match="copy of a box"):
+        attend("hopper")
+
+
+def test_hopper_motion_flow(executing):
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 2 * 5 * 6, 32, generator=g).bfloat16().requires_grad_() for _ in range(2))
+
+    def flow(impl):
+        leaves = [t.detach().double().requires_grad_() if impl == "reference" else t for t in (q, k)]
+        found = vidkern.attention_motion_flow(*leaves, grid=(2, 5, 6), impl=impl)
+        return found.detach(), *torch.autograd.grad(found.sum(), leaves)
+
+    near(flow("hopper"), flow("reference"), 0.02)
+    assert {given.name.partition("_bf16")[0] for given in executing.cu.launches} >= {"amf_hopper_forward"}
+
+
+def test_hopper_pruned_layers(executing, monkeypatch):
+    """The kit of the launchers, by the launcher that is patched here."""
+    from vidkern.ops.pruned import hopper
+
+    kit = hopper.Kit(executing)
+    for name in ("pair_rows", "product", "slope", "normed_backward"):
+        monkeypatch.setattr(hopper, name, getattr(kit, name))
+    g = torch.Generator().manual_seed(0)
+    x, w1, w2 = (torch.randn(*shape, generator=g).bfloat16() for shape in ((2, 70, 64), (72, 64), (64, 72)))
+    index = torch.arange(0, 128, 2)
+
+    def layers(impl):
+        leaves = [(t.double() if impl == "reference" else t).detach().requires_grad_() for t in (x, w1, w2)]
+        one = vidkern.pruned_linear(leaves[0], leaves[1], out_index=torch.arange(0, 144, 2), out_features=144, impl=impl)
+        two = vidkern.pruned_ffn(leaves[0], leaves[1], None, leaves[2], None, act="gelu_tanh", impl=impl)
+        many = vidkern.pruned_linear_grouped([leaves[0], leaves[0]], [leaves[1], leaves[2][:, :64]], impl=impl)
+        outputs = (one, two, *many)
+        return *(t.detach() for t in outputs), *torch.autograd.grad(sum(t.double().square().sum() for t in outputs), leaves)
+
+    near(layers("hopper"), layers("reference"), 0.03)
+    assert {"pruned_hopper_nt_bf16", "pruned_hopper_grouped_bf16"} <= {given.name.rpartition("_")[0] for given in executing.cu.launches}

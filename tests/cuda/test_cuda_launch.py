@@ -320,6 +320,16 @@ def test_kernels_for_90_alone_are_offered_there_alone(fresh, monkeypatch, tmp_pa
     assert cuda.why_not_hopper(t) == "NVRTC cannot be loaded" and cuda.why_not(t) is None
 
 
+def test_hopper_says_which_gpu_it_needs(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(cubins.sources, "AHEAD", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    found = vidkern.explain(vidkern.grid_attention, *fakes(), grid=(2, 3)).reasons
+    assert found["hopper"] == "the GPU's compute capability is 8.0, expected 9.0" and "chosen only by name" in found["cuda"]
+    with pytest.raises(registry.BackendUnavailable, match='impl: "hopper" cannot serve this call of grid_attention: the GPU.s compute capability'):
+        vidkern.grid_attention(*fakes(), grid=(2, 3), impl="hopper")
+
+
 def test_without_nvrtc_what_the_package_brings_is_enough(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(cubins.sources, "AHEAD", tmp_path / "ahead")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -330,6 +340,25 @@ def test_without_nvrtc_what_the_package_brings_is_enough(fresh, monkeypatch, tmp
     cuda._missing.cache_clear()
     bring(tmp_path, "80")
     assert "chosen only by name" in reason(fakes())
+
+
+def record_of(op, backend, device):
+    return verified.Record(op, backend.name, *device, ("bfloat16",), 1.1, 1.0, 9, {}, 1, "2026-01-01T00:00:00+00:00",
+                           verified.digest(backend.sources))  # fmt: skip
+
+
+def test_a_record_of_hopper_is_bound_to_all_that_it_launches():
+    """Its own sources, and the other GPUs' kernels that it shares."""
+    with_it = {name: op._by_name for name, op in registry.ops().items() if "hopper" in op._by_name}
+    assert set(with_it) == {"grid_attention", "attention_motion_flow", "pruned_linear", "pruned_ffn", "pruned_linear_grouped"}
+    for name, backends in with_it.items():
+        hopper, cuda_ = backends["hopper"], backends["cuda"]
+        order = list(backends)
+        assert hopper.trust == "require" and order.index("hopper") + 1 == order.index("cuda")
+        own = {path.name for path in verified.closure(hopper.sources)}
+        assert {"hopper.h", "warpgroup.h", "tensor_map.h", "tensor_map.py", "driver.py", "hopper.py", "cuda.py"} <= own, name
+        assert any("_hopper" in source and source.endswith(".cu") for source in hopper.sources)
+        assert not any("hopper" in path.name for path in verified.closure(cuda_.sources)), "and the others' is not bound to Hopper's"
 
 
 def test_chosen_by_itself_only_with_a_record(monkeypatch, tmp_path):
@@ -343,13 +372,15 @@ def test_chosen_by_itself_only_with_a_record(monkeypatch, tmp_path):
         op = registry.ops()["grid_attention"]
         assert asked().chosen == "triton" and op.choose((*fakes(), None, None, None, 4, 0, False, 1.0, False, False, "", "auto")) == "triton"
         backend = op._by_name["cuda"]
-        record = verified.Record("grid_attention", "cuda", *gpu, ("bfloat16",), 1.1, 1.0, 9, {}, 1, "2026-01-01T00:00:00+00:00",
-                                 verified.digest(backend.sources))  # fmt: skip
-        verified.write(tmp_path, [record])
+        verified.write(tmp_path, [record_of("grid_attention", backend, gpu)])
         assert asked().chosen == "cuda" and asked().reasons["cuda"] == "serves this call"
         assert op.choose((*fakes(), None, None, None, 4, 0, False, 1.0, False, False, "", "auto")) == "cuda"
         assert asked(torch.float16).chosen == "triton", "another dtype than the record's"
         assert "verified on NVIDIA Test 1 (9.0) bfloat16, elsewhere only by name" in vidkern.info().ops["grid_attention"]["cuda"]
+        # Hopper's has a record of its own, and comes first with it.
+        assert asked().reasons["hopper"].startswith("could serve it, but is chosen only by name: it is not verified on NVIDIA Test 1 (9.0)")
+        verified.write(tmp_path, [record_of("grid_attention", op._by_name["hopper"], gpu)])
+        assert asked().chosen == "hopper" and asked().reasons["cuda"] == "could serve it, but comes later"
     finally:
         verified.forget()
 

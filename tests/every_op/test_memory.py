@@ -93,11 +93,11 @@ def test_output_layout_follows_the_input():
 
 
 def hidden():
-    """Poison and sample; in the interpreter's quick run the sample with every mask has both, the others have NaN."""
+    """Poison and sample; in the interpreter's quick run one sample has both, the others have NaN."""
     for poison in (float("nan"), float("inf")):
         for sample in SAMPLES:
             if sample.with_valid or sample.with_kv_len or sample.with_text_len:
-                later = INTERPRETED and poison == float("inf") and sample.name != "everything"
+                later = INTERPRETED and poison == float("inf") and sample.name != "frames_masked"
                 yield pytest.param(poison, sample, id=f"{poison}-{sample.name}", marks=[pytest.mark.slow] * later)
 
 
@@ -149,7 +149,8 @@ def test_more_than_two_to_the_31_elements(backend, tier):
 def test_same_inputs_same_bits(op, backend, tier):
     """Ten runs, forward and backward, equal bit for bit; where threads have no say, two."""
     r = room(op)
-    sample = next((s for s in r.samples if s.name == "demo" and not INTERPRETED), samples(op, backend)[0])
+    quick = min(samples(op, backend)[: 2 if INTERPRETED else 1], key=lambda s: s.flops)
+    sample = next((s for s in r.samples if s.name == "demo" and not INTERPRETED), quick)
     tensors = r.inputs(sample, torch.float32, 0)
     first = everything(op, sample, tensors, backend)
     for _ in range(9 if backend == "cpu" else 1):

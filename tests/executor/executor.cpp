@@ -319,7 +319,8 @@ extern "C" int vk_run(void (*thread)(const void*), const void* given, uint32_t b
   const uint32_t fibers = threads * per_cluster;
   if (stacks_for < fibers) {
     if (stacks) munmap(stacks, STACK * stacks_for);
-    stacks = static_cast<uint8_t*>(mmap(nullptr, STACK * fibers, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    constexpr int HOW = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    stacks = static_cast<uint8_t*>(mmap(nullptr, STACK * fibers, PROT_READ | PROT_WRITE, HOW, -1, 0));
     stacks_for = fibers;
   }
   kernel = thread, parameters = given, random_state = seed * 2 + 0x9E3779B97F4A7C15ull;

@@ -4,7 +4,8 @@
 //   bytes is zero. Whoever waits for a phase sees what was done before the arrivals of that phase, and the bytes that it counted. A wait for a
 //   parity returns when the current phase has the other one ("test_wait / try_wait": the phase before the current one has ended).
 // * Here a barrier is used only by those who are ordered behind its making and mbarriers_made(). Who arrives, or asks for a copy, knows that
-//   the phase before has ended: else it could count for that one, which is what too many arrivals do.
+//   the phase before has ended: else it could count for that one, which is what too many arrivals do. Within a cluster a copy that ends tells
+//   as much as the one that asked for it knew: what had ended then has ended now, though nothing else is made visible.
 // * fence.proxy.async ("Memory Consistency Model: Proxies"): without one on the way, asynchronous accesses do not see what threads wrote.
 // * setmaxnreg: a block begins with the registers per thread that 65,536 of them give, in steps of 8 and at most 255 (what
 //   __launch_bounds__(threads) leaves the compiler; 168 for 384 threads). What a warpgroup gives back goes to the block's pool, from which
@@ -51,7 +52,8 @@ void check_phase(const MemoryBarrier& b, const char* use, Where at) {
 void end_phase_if_due(MemoryBarrier& b, const std::string& why) {
   if (b.arrivals || b.bytes > 0) return;
   if (b.bytes < 0) return tell(why + ": " + std::to_string(-b.bytes) + " bytes more than it was told to expect came to " + made(b));
-  if (b.under_way) return tell(why + ": a phase ends while a copy asked for in it is under way, whose bytes it was not told to expect: " + made(b));
+  if (b.under_way)
+    return tell(why + ": a phase ends while a copy asked for in it is under way, whose bytes it was not told to expect: " + made(b));
   b.phase += 1, b.arrivals = b.made_for;
   std::swap(b.ended, b.gathering);
   b.gathering = {};
@@ -88,7 +90,9 @@ void mbarrier_arrive(uint32_t byte, uint32_t rank, uint32_t expected, Where at) 
   check_phase(b, "arrival", at);
   if (b.arrivals == 0) fail("arrival at " + text(at) + ", one more than the phase waits for: " + made(b) + ", which still waits for bytes");
   b.bytes += expected;
-  if (b.bytes > MOST_BYTES) fail("arrival at " + text(at) + ": " + std::to_string(b.bytes) + " bytes expected by " + made(b) + ", at most " + std::to_string(MOST_BYTES));
+  if (b.bytes > MOST_BYTES)
+    fail("arrival at " + text(at) + ": " + std::to_string(b.bytes) + " bytes expected by " + made(b) + ", at most " +
+         std::to_string(MOST_BYTES));
   b.arrivals -= 1;
   b.gathering.join(self->known);
   if (rank != self->block->rank) self->remote[rank] = {self->time(), at};

@@ -59,11 +59,14 @@ void copy_box(uint16_t blocks, uint32_t to, const unsigned long long* words, std
   const Map map = read_map(words, first.size(), at);
   const uint32_t mask = blocks ? blocks : 1u << self->block->rank, bytes = uint32_t(map.rows() * ROW);
   if (mask >> cluster->blocks.size())
-    fail("copy of a box at " + text(at) + " to blocks " + std::to_string(mask) + " (bits) of a cluster of " + std::to_string(cluster->blocks.size()));
-  if (map.box[0] * ELEMENT != ROW) fail("copy of a box at " + text(at) + " with rows of " + std::to_string(map.box[0]) + " elements, expected 64");
+    fail("copy of a box at " + text(at) + " to blocks " + std::to_string(mask) + " (bits) of a cluster of " +
+         std::to_string(cluster->blocks.size()));
+  if (map.box[0] * ELEMENT != ROW)
+    fail("copy of a box at " + text(at) + " with rows of " + std::to_string(map.box[0]) + " elements, expected 64");
   if (to % ROW) fail("copy of a box to shared byte " + std::to_string(to) + " at " + text(at) + ", expected a multiple of 128");
   if (uint64_t(to) + bytes > self->block->bytes.size())
-    fail("shared byte " + std::to_string(to + bytes - 1) + " at " + text(at) + ", only " + std::to_string(self->block->bytes.size()) + " are there");
+    fail("shared byte " + std::to_string(to + bytes - 1) + " at " + text(at) + ", only " + std::to_string(self->block->bytes.size()) +
+         " are there");
   for (uint32_t rank = 0; rank < cluster->blocks.size(); ++rank) {
     if (!(mask >> rank & 1)) continue;
     Block& there = cluster->blocks[rank];

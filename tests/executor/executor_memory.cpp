@@ -51,7 +51,7 @@ struct Access {
 };
 
 [[noreturn]] void fail_order(const Access& a, const Cell& c, uint32_t byte, Where at) {
-  const std::string access = std::string(a.asynchronous ? "asynchronous " : "") + (a.writing ? "write of shared byte " : "read of shared byte ") +
+  const std::string access = std::string(a.asynchronous ? "asynchronous " : "") + (a.writing ? "write" : "read") + " of shared byte " +
                              std::to_string(byte) + " at " + text(at);
   if (c.state == State::UNDER_WAY) fail(access + " while the copy asked for at " + text(where(c.at)) + " is under way");
   if (c.state == State::BARRIER) fail(access + ", which belongs to the barrier made at " + text(where(c.at)));
@@ -184,13 +184,16 @@ void begin_launch(const uint64_t* tensors, uint32_t count) {
 void begin_cluster() { more_reads.resize(1), free_reads.clear(), parts.resize(1), free_parts.clear(); }
 
 void check_shared(uint32_t byte, uint32_t bytes, Where at) {
-  if (byte % (bytes < 16 ? bytes : 16)) fail("shared byte " + std::to_string(byte) + " at " + text(at) + " is not aligned to " + std::to_string(bytes));
-  if (uint64_t(byte) + bytes > self->block->bytes.size())
-    fail("shared byte " + std::to_string(byte + bytes - 1) + " at " + text(at) + ", only " + std::to_string(self->block->bytes.size()) + " are there");
+  if (byte % (bytes < 16 ? bytes : 16))
+    fail("shared byte " + std::to_string(byte) + " at " + text(at) + " is not aligned to " + std::to_string(bytes));
+  const size_t there = self->block->bytes.size();
+  if (uint64_t(byte) + bytes > there)
+    fail("shared byte " + std::to_string(byte + bytes - 1) + " at " + text(at) + ", only " + std::to_string(there) + " are there");
 }
 
 void check_aligned(const void* p, uint32_t bytes, Where at) {
-  if (reinterpret_cast<uint64_t>(p) % bytes) fail("global address at " + text(at) + " is not aligned to " + std::to_string(bytes) + " bytes");
+  if (reinterpret_cast<uint64_t>(p) % bytes)
+    fail("global address at " + text(at) + " is not aligned to " + std::to_string(bytes) + " bytes");
 }
 
 std::string why_not_read(const void* p, uint64_t bytes) {

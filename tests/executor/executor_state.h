@@ -238,7 +238,7 @@ void drop_boxes();
 // ---- products of warpgroups: executor_warpgroup.cpp
 
 void check_products();  // by a thread that ends (the trampoline): its products were waited for
-void drop_products();   // before a cluster starts
+void drop_products();   // when a cluster has run
 
 }  // namespace model
 }  // namespace vk

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUILT = HERE.parents[1] / "build" / "executor"
 COUNTED = ("products", "matrix_loads", "copies", "barriers", "boxes", "warpgroup_products")
+MOST_THREADS, MOST_SHARED = 1024, 227 << 10  # of a block, shared memory in bytes; compute capability 9.0
 
 
 class KernelError(AssertionError):
@@ -93,8 +94,12 @@ class Program:
 
         Raises:
             KernelError: it broke a rule.
-            ValueError: the blocks do not fill its clusters.
+            ValueError: no device has so many threads or so much shared memory for a block, or the blocks do not fill its clusters.
         """
+        if not 0 < threads <= MOST_THREADS or threads % 32 or not 0 <= shared <= MOST_SHARED:
+            raise ValueError(
+                f"threads, shared: {threads} and {shared} bytes, expected a multiple of 32 up to {MOST_THREADS} and up to {MOST_SHARED}"
+            )
         try:
             cluster = ctypes.c_uint32.in_dll(self._library, f"{name}_cluster").value
         except ValueError:  # it names no cluster

@@ -1,9 +1,7 @@
 """The kernels of attention motion flow for compute capability 9.0, executed: the accuracy rule on every sample, all forms beside the
 reference, rows without gradient that hold NaN, keys of other frames that do, and seeded faults that must be told."""
 
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -58,7 +56,7 @@ def executed(runs, monkeypatch):
     monkeypatch.setattr(op.OP, "_by_name", {b.name: b for b in op.OP.backends})
 
 
-QUICK = ("prob_mean", "one_frame", "negative", "wide_upper")
+QUICK = ("one_frame", "negative", "wide_upper")
 
 
 def cases():
@@ -234,15 +232,14 @@ def test_keys_reach_only_rows_with_a_gradient(runs):
 
 
 def test_blocks_without_gradient_are_not_computed(programs):
-    """Warpgroup products of 16 channels of depth: two of 128 keys and 64 rows for each block of rows with a gradient, and two of 64 queries for
-    each of keys; over two frames, the channels being 64 with padding."""
+    """Products of warpgroups, each of 16 channels, keys or queries of depth; channels are 64 with padding."""
     q, k = operands(grid=TALL)
     for blocks in (range(4), (2,), ()):
         counted = []
         got, want = HopperRuns(programs, counted).backward(q, k, TALL, every_pair(2), 0.05, live=rows_of(blocks))
         assert all((a.double() - b).norm() <= 1e-2 * b.norm() for a, b in zip(got, want))
         made = {part: sum(c["warpgroup_products"] for n, c in counted if f"_{part}_" in n) for part in ("dq", "dk")}
-        # Pairs times blocks, tiles of keys or blocks of 64 of them, and steps of depth: channels, then keys or queries.
+        # Pairs times blocks of queries, tiles of 128 keys or blocks of 64, and depth: of the first product and of the second.
         assert made == {"dq": 4 * len(blocks) * 2 * (4 + 8), "dk": 4 * 4 * len(blocks) * (4 + 4)}
 
 
@@ -289,8 +286,8 @@ PROBLEMS = {
 
 
 def problems(which):
-    """Frames that end inside a tile, many equal logits, rows and blocks without gradient; and, where keys beyond the frame would show, logits
-    far below zero."""
+    """Frames that end inside a tile, many equal logits, rows and blocks without gradient; and, where keys beyond the frame would show,
+    logits far below zero."""
     g = torch.Generator().manual_seed(5)
     for form, grid in PROBLEMS[which]:
         pairs, size = every_pair(grid[0]), grid[1] * grid[2]
@@ -298,7 +295,7 @@ def problems(which):
         live[:, -1, :64], live[:, 0, 64:] = 0, 1
         yield (*operands(grid=grid, **form), grid, pairs, -0.05, live)
     q, k = operands(**{n: v for n, v in form.items() if n != "groups"})
-    yield (q * 0 + 4, k - 8, (2, 5, 7), every_pair(2), 1.0)
+    yield (q * 0 + 4, k / 8 - 8, (2, 5, 7), every_pair(2), 16 / (q.shape[2] * q.shape[4]))
 
 
 # Of a fault: its source, the kernels that are compiled with it, what their names begin with, and the problems that show it.
@@ -317,9 +314,9 @@ FAULTS = {
         HELD, "      products_wait<1>();\n      ring.release(i + j);", "      ring.release(i + j);\n      products_wait<1>();",
     ),
     "released by half of the warps": (HELD, "ring.make(1, READERS);", "ring.make(1, READERS / 2);"),
-    "sums read early": (HELD, "      products_wait<1>();\n      ring.release(i + j);", "      products_wait<2>();\n      ring.release(i + j);"),
+    "sums read early": (HELD, "products_wait<1>();\n      ring.release(i + j);", "products_wait<2>();\n      ring.release(i + j);"),
     "the last sums read early": (HELD, "    products_wait<0>();\n    r.fold(s[1]", "    r.fold(s[1]"),
-    "no fence before products": (HELD, "    products_begin();\n    VK_UNROLL\n    for (i32 k = 0; k < DIM / 16; ++k) w", "    VK_UNROLL\n    for (i32 k = 0; k < DIM / 16; ++k) w"),
+    "no fence before products": (HELD, "ring.wait_full(i);\n    products_begin();\n", "ring.wait_full(i);\n"),
     "the first panel twice": (HELD_128, "along(panel(k / 4) + row", "along(panel(0) + row"),
     "half a step of depth": (HELD, "k % 4 * 32); }", "k % 4 * 16); }"),
     "boxes of panels beside each other": (HELD_128, "return base + n * PANEL_BYTES;", "return base + n * 1024;"),
@@ -330,9 +327,11 @@ FAULTS = {
     "a key too many": (HELD, "+ n * 8 >= f.size) s", "+ n * 8 > f.size) s"),
     "the last of ties": (HELD, "if (FULL && v > best[h])", "if (FULL && v >= best[h])"),
     "an entropy that forgets what it was relative to": (HELD, "total[h] * (before - now[h])", "0 * total[h]"),
-    "a row too many": (HELD, "lane_index() % 4 != 0 || row >= own.rows) continue;\n    const i64 at = map", "lane_index() % 4 != 0 || row > own.rows) continue;\n    const i64 at = map"),
+    "a row too many": (HELD, "row >= own.rows) continue;\n    const i64 at = map", "row > own.rows) continue;\n    const i64 at = map"),
     "wide: no wait for a chunk": (WIDE, "      ring.wait_full(i);\n      products_begin();", "      products_begin();"),
-    "wide: released before its products are done": (WIDE, "      products_wait<1>();\n      release(i - 1);", "      release(i - 1);\n      products_wait<1>();"),
+    "wide: released before its products are done": (
+        WIDE, "      products_wait<1>();\n      release(i - 1);", "      release(i - 1);\n      products_wait<1>();",
+    ),
     "wide: sums read early": (WIDE, "    products_wait<0>();\n    release(i - 1);", "    release(i - 1);"),
     "wide: released here alone": (WIDE, "if (lane_index() < CLUSTER)", "if (lane_index() < 1)"),
     "wide: both blocks bring the same keys": (WIDE, "n = rank * SHARE; n < keys", "n = 0; n < keys"),
@@ -345,19 +344,21 @@ FAULTS = {
     "vote: a key too many": (VOTE, "if (key < g.frame.size && votes", "if (key <= g.frame.size && votes"),
     "backward: no wait for a stage": (BACK, "        ring.wait_full(i);\n        const Words", "        const Words"),
     "backward: released early": (
-        BACK, "      products_wait<0>();\n      if (before >= 0) ring.release(before);", "      if (before >= 0) ring.release(before);\n      products_wait<0>();",
+        BACK, "products_wait<0>();\n      if (before >= 0) ring.release(before);", "ring.release(i);\n      products_wait<0>();",
     ),
     "backward: sums read early": (BACK, "    products_wait<0>();\n    add();", "    add();"),
-    "backward: no fence before gradients": (BACK, "      products_begin();\n      VK_UNROLL\n      for (i32 n = 0; n < TOKENS / 16; ++n) {", "      VK_UNROLL\n      for (i32 n = 0; n < TOKENS / 16; ++n) {"),
+    "backward: no fence before gradients": (
+        BACK, "s[2 * n + 1]);\n      products_begin();\n", "s[2 * n + 1]);\n",
+    ),
     "backward: the same tokens as depth": (BACK, "right(i).depth_across(n), n > 0", "right(i).depth_across(n ^ 1), n > 0"),
-    "backward: depth of another panel": (BACK_128, "across(panel(n) + k * 16 * (PANEL * 2), PANEL_BYTES)", "across(panel(n) + k * 16 * (PANEL * 2), PANEL_BYTES / 2)"),
+    "backward: depth of another panel": (BACK_128, "(PANEL * 2), PANEL_BYTES);", "(PANEL * 2), PANEL_BYTES / 2);"),
     "backward: queries without gradient read": (BACK, "(alive >> row & 1) != 0 &&", "first + own + row < g.frame.size &&"),
     "backward: boxes of queries without gradient": (BACK, "(alive | past) == 0xffffffffu", "true"),
     "backward: filled, not fenced": (BACK, "          async_fence();\n", ""),
     "backward: filled, not waited for": (BACK, "copies_commit(), copies_wait<0>();", "copies_commit();"),
     "backward: a producer's warp not waited for": (BACK, "p.ring.make(4, READERS);", "p.ring.make(3, READERS);"),
     "backward: a key too many": (BACK, "own + n * 8 + j < g.frame.size", "own + n * 8 + j <= g.frame.size"),
-    "backward: rows leave while they are read": (BACK, "    named_barrier(u32(half) + 1, GROUP);  // the warpgroup no longer reads it\n", ""),
+    "backward: rows leave while they are read": (BACK, "    named_barrier(u32(half) + 1, GROUP);", "    "),
     "backward: no barrier among rows that leave": (BACK, "    warp_barrier();\n    T* to", "    T* to"),
 }  # fmt: skip
 
@@ -369,25 +370,13 @@ def without_others(stem, kept):
     return [(f"{line}\n", "") for line in lines if line != kept]
 
 
-@pytest.fixture(scope="module")
-def faulty(programs):
-    """Programs by kernels' prefixes, those of one with a fault in the source named, or in a header that it includes."""
-
-    def build(fault):
-        (stem, kept, prefix, _), *edit = FAULTS[fault]
-        made = Program(source(stem), edit, *without_others(stem, kept))
-        return {p: made if p.startswith(prefix) else sound for p, sound in programs.items()}
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(FAULTS, pool.map(build, FAULTS)))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_caught(faulty, fault):
-    """By a rule of the executor or by a wrong result."""
-    (stem, *_, which), *_ = FAULTS[fault]
-    runs = HopperRuns(faulty[fault])
+def test_a_fault_is_caught(programs, fault):
+    """In the source named or in a header that it includes: by a rule of the executor or by a wrong result."""
+    (stem, kept, prefix, which), *edit = FAULTS[fault]
+    made = Program(source(stem), edit, *without_others(stem, kept))
+    runs = HopperRuns({p: made if p.startswith(prefix) else sound for p, sound in programs.items()})
     wrong = runs.wrong_backward if stem == "amf_hopper_backward" else runs.wrong_forward
     try:
         caught = any(wrong(*problem) > 2 for problem in problems(which))

@@ -12,7 +12,7 @@ import torch
 import vidkern
 from vidkern import registry
 from vidkern.ops import grid_attention as op
-from vidkern.ops.grid_attention import hopper, reference
+from vidkern.ops.grid_attention import hopper, hopper_backward
 from vidkern.ops.grid_attention.plan import Shape, Tiling, plan, work
 from vidkern.verify import accuracy, rooms
 
@@ -47,14 +47,14 @@ def programs():
     return {f"grid_attention_hopper_forward_{d}_": p for d, p in zip(kinds, built(*((d, *few(d, k)) for d, k in kinds.items())))}
 
 
-def install(monkeypatch, programs, widths=FEW, counted=None):
-    """The backend on the executor. Gradients are the reference's, of the output and the lse that the kernel left."""
+def install(monkeypatch, programs, widths=FEW, counted=None, backward=op._reference_backward):
+    """The backend on the executor. Gradients are the reference's, unless told otherwise, of the output and the lse that the kernel left."""
     for name, values in widths.items():
         monkeypatch.setattr(hopper, name, values)
     hopper.choose.cache_clear()
     forward = functools.partial(hopper.forward, launch=Launch(programs, counted))
     backend = registry.Backend(
-        "hopper-executed", lambda q, k, v, *rest: hopper.why_not(q, k, v), op._run_with(forward), op._run_backward_with(op._reference_backward)
+        "hopper-executed", lambda q, k, v, *rest: hopper.why_not(q, k, v), op._run_with(forward), op._run_backward_with(backward)
     )
     monkeypatch.setattr(op.OP, "backends", (*op.OP.backends, backend))
     monkeypatch.setattr(op.OP, "_by_name", {b.name: b for b in op.OP.backends})
@@ -87,6 +87,19 @@ def cases():
 @pytest.mark.parametrize("sample, dtype", list(cases()))
 def test_accuracy(executed, sample, dtype):
     check(sample, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text_front", "frames_masked"])
+def test_accuracy_with_its_backward(programs, monkeypatch, name):
+    """Both launchers, as they are registered."""
+    backward = Program(CSRC / "cuda" / "grid_attention_hopper_backward_64.cu")
+    parts = {prefix: backward for prefix in hopper_backward.SOURCES["grid_attention_hopper_backward_64"]}
+    parts["grid_attention_delta_"] = Program(CSRC / "cuda" / "grid_attention_backward.cu")
+    run = functools.partial(hopper_backward.backward, launch=Launch(parts))
+    install(monkeypatch, programs, backward=run)
+    [sample] = [s for s in SAMPLES if s.name == name]
+    check(sample, torch.bfloat16)
 
 
 def attend(impl, dtype=torch.bfloat16, frames=(2, 3), frame_len=37, dim=40, heads=(2, 1), hidden=None, deep=0.0, pattern=None, **rules):

@@ -73,11 +73,10 @@ def test_accuracy(executed, i, sample):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
-def test_accuracy_of_all(programs, monkeypatch, sample, dtype):
+@pytest.mark.parametrize("i, sample", [pytest.param(i, s, id=s.name) for i, s in enumerate(SAMPLES) if s.name not in QUICK])
+def test_accuracy_of_the_others(programs, monkeypatch, i, sample):
     install(monkeypatch, programs)
-    check(sample, dtype)
+    check(sample, torch.float16 if i % 2 else torch.bfloat16)
 
 
 def attend(impl, dtype=torch.bfloat16, grid=(2, 3), frame_len=37, dim=40, hidden=None, deep=0.0, pattern=None, **rules):
@@ -163,7 +162,7 @@ def test_every_kernel(programs, monkeypatch, part, dim, width, dtype):
     assert [n for n, _ in counted].count(name) == 2
 
 
-LIVE = {"kv_len": torch.tensor([[70, 11, 0]]), "hidden": slice(140, 210)}
+LIVE = {"valid": torch.tensor([[True, True, False]]), "kv_len": torch.tensor([[70, 11, 70]]), "hidden": slice(140, 210)}
 
 
 def test_rules_at_once(executed):
@@ -282,7 +281,6 @@ FAULTS = {
     "logits read early": ("    products_wait<1>();\n    exponentials();", "    exponentials();"),
     "dP read early": ("release(i - 1);\n    products_wait<0>();\n", "release(i - 1);\n"),
     "sums read early": ("    products_commit();\n    products_wait<0>();\n", "    products_commit();\n"),
-    "operands written while they are read": ("gather<T, WIDTH, DIM>(dv, p, room.second(i));\n      products_wait<0>();\n", "gather<T, WIDTH, DIM>(dv, p, room.second(i));\n      p.take(d);\n      products_wait<0>();\n"),
     "no fence before products of registers": ("VK_DEVICE void gather(Accumulator (&out)[DIM / 8], const Left<T, WIDTH, WHOLE>& p, const Column& b) {\n  products_begin();\n", "VK_DEVICE void gather(Accumulator (&out)[DIM / 8], const Left<T, WIDTH, WHOLE>& p, const Column& b) {\n"),
     "Q and dO swapped for dV": ("(dv, p, room.second(i));", "(dv, p, room.first(i));"),
     "a tile taken along for across": ("warpgroup_product<T, DIM, true>(out, p.kept[n], b.depth_across(n), true)", "warpgroup_product<T, DIM, false>(out, p.kept[n], b.depth_along(0, n), true)"),

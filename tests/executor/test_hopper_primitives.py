@@ -157,6 +157,13 @@ def test_clusters_fill_the_grid(program):
         program.run("remote", structure(**{"from": given, "to": got}), blocks=3, threads=32, shared=64, reads=[given], writes=[got])
 
 
+def test_blocks_fit_a_device(program):
+    given, got = torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    for threads, shared in ((1056, 64), (48, 64), (64, (227 << 10) + 16)):
+        with pytest.raises(ValueError, match=f"threads, shared: {threads} and {shared} bytes, expected"):
+            program.run("phases", structure(**{"from": given, "to": got}), blocks=1, threads=threads, shared=shared)
+
+
 def test_every_launch_has_another_schedule(program):
     launch = Launch({"pha": program, "phases": program, "box": None}, counted := [])
     given, got = torch.arange(STEPS * 32, dtype=torch.int32), torch.zeros(STEPS * 32, dtype=torch.int32)

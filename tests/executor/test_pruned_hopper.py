@@ -19,7 +19,7 @@ from vidkern.ops.pruned.compose import flat
 from vidkern.verify import accuracy, rooms
 
 from harness import CSRC, KernelError, Launch, Program, machine_code, nvcc
-from test_pruned_cuda import OPS, QUICK, SOUND, cut, group, linear_problem, picked, runs_of, wrong
+from test_pruned_cuda import OPS, SOUND, group, linear_problem, picked, runs_of, wrong
 from test_pruned_cuda import problems as problems_of_all
 
 SOURCES = hopper.SOURCES | hopper_grouped.SOURCES
@@ -85,6 +85,9 @@ def on(monkeypatch, processors, tile=None):
 
 
 # ---- the accuracy rule -------------------------------------------------------------------------------------------------------
+QUICK = {"pruned_linear": ("every_part", "uneven"), "pruned_ffn": ("slabs_of_pairs",), "pruned_linear_grouped": ("three_widths",)}
+
+
 def cases():
     """The quick ones in one dtype, in the other one and all others, in one, in the slow run."""
     for op in OPS:
@@ -125,8 +128,8 @@ def test_problems(launched, monkeypatch, name):
 
 
 EVERY = [
-    pytest.param(tile, dtype, id=f"{tile.block_n}-{cuda.NAMES[dtype]}", marks=[] if (tile, dtype) == (LARGE, torch.bfloat16) else [pytest.mark.slow])
-    for tile, dtype in itertools.product(hopper.TILES, cuda.NAMES)
+    pytest.param(tile, dtype, id=f"{tile.block_n}-{short}", marks=[] if (tile, short) == (LARGE, "bf16") else [pytest.mark.slow])
+    for tile, (dtype, short) in itertools.product(hopper.TILES, cuda.NAMES.items())
 ]  # fmt: skip
 
 
@@ -152,7 +155,8 @@ def test_how_operands_come(launched, monkeypatch):
     wide = torch.randn(1, 130, 400).bfloat16()
     overlapping = torch.randn(129 * 8 + 200).bfloat16().as_strided((1, 130, 200), (0, 8, 1))
     cases = {
-        "plain": (wide[..., :200], {}, 2, 0), "runs": (wide, {"in_index": runs_of(200, 400)}, 1, 128), "overlapping": (overlapping, {}, 1, 128),
+        "plain": (wide[..., :200], {}, 2, 0), "runs": (wide, {"in_index": runs_of(200, 400)}, 1, 128),
+        "overlapping": (overlapping, {}, 1, 128),
         "rows": (wide[..., :200], {"rows": list(range(0, 70, 2)), "slab": 1}, 1, 64),
         "pairs": (wide[..., :200], {"act": "swiglu"}, 3, 0),
     }  # fmt: skip
@@ -292,7 +296,6 @@ def test_what_it_does_not_serve_is_refused(launched):
 # ---- faults ------------------------------------------------------------------------------------------------------------------
 PRODUCT, BACKWARD, GROUPED = SOURCES
 FULL, EMPTY = ("mbarrier_wait(full(i), u32(i / STAGES)", "mbarrier_wait(empty(i), u32(i / STAGES + 1)")
-NEXT = "      products_wait<1>();\n      F::ring().release(use - 1);\n"
 LAST = "    products_wait<0>();\n    F::ring().release(use - 1);\n"
 FILLED = "  async_fence();\n  warp_barrier();\n"
 WHOLE = "WORKERS * (hopper::GROUP / WARP));"
@@ -303,36 +306,29 @@ FAULTS = {
     "no wait for an empty stage": (PRODUCT, ("      F::wait_empty(use);\n", "")),
     "the other parity of full": (PRODUCT, (FULL, FULL.replace("STAGES", "STAGES + 1"))),
     "the other parity of empty": (BACKWARD, (EMPTY, EMPTY.replace(" + 1", ""))),
-    "released with its products under way": (PRODUCT, (NEXT, NEXT.replace("use - 1", "use"))),
     "released before the wait": (PRODUCT, (LAST, "".join(LAST.splitlines(True)[::-1]))),
     "half of the releases": (PRODUCT, (WHOLE, "(hopper::GROUP / WARP));")),
     "sums read before their products' end": (PRODUCT, (LAST, LAST.replace("<0>", "<1>"))),
     "products not begun": (PRODUCT, ("    products_begin();\n", "")),
-    "products not ended": (BACKWARD, ("    products_commit();\n", "")),
     "no fence for what threads bring": (PRODUCT, (FILLED, "  warp_barrier();\n")),
     "no barrier of the warp that brings": (BACKWARD, (FILLED, "  async_fence();\n")),
     "a stage said to be there too early": (PRODUCT, ("copies_wait<AHEAD>", "copies_wait<AHEAD + 1>")),
     "the last stages said to be there too early": (PRODUCT, ("  copies_wait<0>();\n  for (i32 i = use", "  for (i32 i = use")),
     "too few bytes": (PRODUCT, ("(boxes_b ? F::B::BYTES : 0)", "0")),
-    "stages that overlap": (PRODUCT, ("u32(use % STAGES * BYTES + A::BYTES)", "u32(use % STAGES * BYTES + A::BYTES - 1024)")),
     "no barrier before the sums are read": (PRODUCT, ("    warp_barrier();\n    VK_NO_UNROLL", "    VK_NO_UNROLL")),
     "no barrier before the next sums": (PRODUCT, ("    }\n    warp_barrier();\n  }\n}", "    }\n  }\n}")),
     "another swizzle of what threads bring": (PRODUCT, ("(row * CHUNKS + (c ^ (row & 7)))", "(row * CHUNKS + (c ^ (row & 3)))")),
     "the first rows for both": (PRODUCT, ("a.depth_along(worker * 64, k)", "a.depth_along(0, k)")),
     "the first rows for both, across": (BACKWARD, ("a.depth_across(k, worker)", "a.depth_across(k, 0)")),
-    "the first depth": (PRODUCT, ("b.depth_along(0, k)", "b.depth_along(0, 0)")),
     "the first panel twice": (BACKWARD, ("to.panel(n), job.a, job.row + n * hopper::PANEL", "to.panel(n), job.a, job.row")),
     "a line's tail too long": (PRODUCT, ("u32(at.count * 2)", "16")),
     "a line too many, across": (BACKWARD, (f"{ACROSS}<", f"{ACROSS}<=")),
     "a row too many": (PRODUCT, ("job.row + own >= p.m ||", "job.row + own > p.m ||")),
     "values for gates": (PRODUCT, ("line < F::WRITTEN ? column : column + p.half", "line < F::WRITTEN ? column + p.half : column")),
     "values of the next pairs": (PRODUCT, ("job.column + job.p.half, full", "job.column + job.p.half + 1, full")),
-    "the first tile for all": (PRODUCT, ("within / here * F::WRITTEN", "0")),
     "the first layer's start for all": (GROUPED, ("static_cast<T*>(given.out) + layer.start", "static_cast<T*>(given.out)")),
     "the first layer's weight for all": (GROUPED, ("given.weight[i], within", "given.weight[0], within")),
-    "a tile of the next layer": (GROUPED, ("layers[i + 1].first <= t", "layers[i + 1].first <= t + 1")),
     "half of the right operand twice": (PRODUCT, ("i32(cluster_rank()) * (F::COLUMNS / F::BLOCKS)", "0")),
-    "copied to this block alone": (PRODUCT, ("copy_box_to((1 << F::BLOCKS) - 1,", "copy_box_to(1 << cluster_rank(),")),
     "empty here is empty everywhere": (PRODUCT, ("      mbarrier_wait(empty_everywhere(use), u32(use / STAGES + 1) & 1);\n", "")),
     "no barrier of the cluster at the beginning": (
         PRODUCT, ("  if constexpr (F::BLOCKS > 1) cluster_barrier();\n  else block_barrier();", "  block_barrier();"),
@@ -397,5 +393,32 @@ def test_a_fault_is_caught(faulty, fault, monkeypatch):
     assert error > 2 * SOUND
 
 
+def test_a_map_too_wide_is_caught(launched, monkeypatch):
+    """A value behind the rows, which is NaN, becomes part of the sums."""
+    sound = hopper.box_map
+    monkeypatch.setattr(hopper, "box_map", lambda launch, t, rows, values, side: sound(launch, t, rows, values + 1, side))
+    with contextlib.suppress(KernelError):
+        assert wrong(problems()["deep"], IMPL) > 2 * SOUND
+
+
 def test_what_faults_are_told_from(launched, monkeypatch):
     assert max(error for where in SOURCES for error in errors(monkeypatch, where)) < SOUND
+
+
+# ---- machine code ------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+@pytest.mark.parametrize("stem", [pytest.param(stem, marks=[] if stem == GROUPED else [pytest.mark.slow]) for stem in SOURCES])
+def test_machine_code(stem):
+    """Nothing spilled, no product that waits for another; a stage's products twice, boxes as many as a stage has, registers that change
+    hands, and 16-byte copies where threads may have to bring an operand."""
+    kernels = machine_code(source(stem), "90a")
+    assert len(kernels) == {PRODUCT: 14, BACKWARD: 12, GROUPED: 6}[stem]
+    for name, code in kernels.items():
+        form, _, width = name.removeprefix("pruned_hopper_").split("_")
+        assert not code["spilled"] and not code["serialized"], (name, code)
+        assert code["HGMMA"] == 2 * 4 and "HMMA" not in code and code["USETMAXREG"] == 2, (name, code)
+        across = int(width) // 64
+        boxes = {"pairs": 3, "nn": 1 + across, "tn": 2 + across}.get(form, 2)
+        assert code["UTMALDG"] == boxes and code.get("UTMALDG.MULTICAST", 0) == (form == "cluster"), (name, code)
+        assert bool(code.get("LDGSTS")) == (form not in ("cluster", "grouped")), (name, code)
+        assert code["LDG.E.128"] and code["STG.E.128"] >= 2, (name, code)

@@ -4,34 +4,46 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 
+from beside import process, started
+
 from vidkern.cli import main
 from vidkern.data import read_video, write_video
 
 
-def test_interrupt_resume_and_results(tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "vidkern", "demo", "--quick", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def interrupted_and_resumed(out):
+    """What two processes did, the first one interrupted, and what it had left."""
+    command = [sys.executable, "-m", "vidkern", "demo", "--quick", "--out", out]
     log, deadline = out / "train.jsonl", time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 130 and "Traceback" not in errors
+    with started(command) as first:
+        while first.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
+            time.sleep(0.05)
+        first.send_signal(signal.SIGINT)
+        _, errors = first.communicate(timeout=240)
+    left = sorted(os.listdir(out))
+    return first.returncode, errors, left, process([*command, "--resume"])
+
+
+def beside(items, folder):
+    chosen = any("beside" in item.fixturenames for item in items)
+    return {"demo": lambda: (folder / "out", *interrupted_and_resumed(folder / "out"))} if chosen else {}
+
+
+def test_interrupt_resume_and_results(beside):
+    out, status, errors, left, done = beside("demo")
+    assert status == 130 and "Traceback" not in errors
     last = errors.replace("\r", "\n").strip().splitlines()[-1]
     assert last.startswith("vidkern: stopped after ") and last.endswith(f"vidkern demo --out {out} --resume")
-    assert sorted(os.listdir(out)) == ["checkpoint.pt", "train.jsonl"]
+    assert left == ["checkpoint.pt", "train.jsonl"]
 
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(out)) == ["checkpoint.pt", "grid.mp4", "grid.png", "metrics.json", "report.html", "train.jsonl"]
+    log = out / "train.jsonl"
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 21))
     metrics = json.loads((out / "metrics.json").read_text())
     best = metrics["best_baseline"]

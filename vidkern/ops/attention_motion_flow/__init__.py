@@ -16,7 +16,7 @@ import torch
 from ... import cuda as kernels
 from ... import registry
 from ..launch import cpu_why_not, triton_why_not, unit_stride
-from . import cost, cuda, plans, reference
+from . import cost, cuda, hopper, plans, reference
 from .pairs import pairs_key, pairs_of
 
 __all__ = ["amf_loss", "attention_motion_flow"]
@@ -102,6 +102,14 @@ def _cuda_launch(kind):
     return functools.partial(getattr(cuda, kind), launch=kernels.launch)
 
 
+def _hopper_why_not(q, k, pairs, frames, height, width, *rest) -> str | None:
+    return kernels.why_not_hopper(q) or hopper.why_not(q, k, frames, height, width)
+
+
+def _hopper_launch(kind):
+    return functools.partial(getattr(hopper, kind), launch=kernels.launch)
+
+
 def _backend(name, why_not, module, **more):
     launch = lambda kind: getattr(module(), kind)  # noqa: E731
     return registry.Backend(name, lambda q, *rest: why_not(q), _run_with(launch), _run_backward_with(launch), **more)
@@ -161,6 +169,11 @@ OP = registry.Op(
     allocate=_allocate,
     backends=(
         _backend("cpu", cpu_why_not, _cpu),
+        registry.Backend(
+            "hopper", _hopper_why_not, _run_with(_hopper_launch), _run_backward_with(_hopper_launch),
+            description="CUDA kernels (TMA, wgmma) for float16 and bfloat16 on NVIDIA GPUs of compute capability 9.0 alone",
+            trust="require", sources=kernels.declare(hopper, cuda),
+        ),
         registry.Backend(
             "cuda", _cuda_why_not, _run_with(_cuda_launch), _run_backward_with(_cuda_launch),
             description="CUDA kernels for float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 on",
@@ -349,7 +362,7 @@ def attention_motion_flow(
         return_lse: also the log-sum-exp of the logits over the frame; for ``"prob_mean"`` one for every head.
         return_conf: also the largest probability in the frame.
         return_entropy: also the entropy of the softmax over the frame, in nats; for ``"prob_mean"`` the mean over the heads.
-        impl: backend by name (``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``); None follows :func:`vidkern.use`.
+        impl: backend by name (``"cpu"``, ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"``); None follows :func:`vidkern.use`.
 
     Returns:
         the flow [P, S, 2] with S = h * w, float32 (float64 for float64 inputs). Of several results a named tuple, in this

@@ -14,7 +14,7 @@ import torch
 from ... import cuda as kernels
 from ... import registry
 from ..launch import cpu_why_not, fill, triton_why_not, unit_stride
-from . import cost, cuda, reference
+from . import cost, cuda, hopper, hopper_backward, reference
 from .patterns import PARTS, FramePattern, GridPattern, grid_key
 
 __all__ = ["FramePattern", "GridPattern", "frame_sparse_attention", "grid_attention"]
@@ -142,6 +142,18 @@ def _cuda_why_not(q, k, v, *rest) -> str | None:
     return kernels.why_not(q) or cuda.why_not(q, k, v)
 
 
+def _hopper_forward(*args, **kwargs):
+    hopper.forward(*args, launch=kernels.launch, **kwargs)
+
+
+def _hopper_backward(*args, **kwargs):
+    hopper_backward.backward(*args, launch=kernels.launch, **kwargs)
+
+
+def _hopper_why_not(q, k, v, *rest) -> str | None:
+    return kernels.why_not_hopper(q) or hopper.why_not(q, k, v)
+
+
 def _reference_forward(*args, out, lse, **kwargs):
     fill((out, lse), reference.forward(*args, **kwargs))
 
@@ -204,6 +216,11 @@ OP = registry.Op(
     allocate=_allocate,
     backends=(
         registry.Backend("cpu", _cpu_why_not, _run_with(_cpu_forward), _run_backward_with(_cpu_backward)),
+        registry.Backend(
+            "hopper", _hopper_why_not, _run_with(_hopper_forward), _run_backward_with(_hopper_backward),
+            description="CUDA kernels (TMA, wgmma) for float16 and bfloat16, head_dim up to 128, on NVIDIA GPUs of compute capability 9.0 alone",
+            trust="require", sources=kernels.declare(hopper, hopper_backward, cuda),
+        ),
         registry.Backend(
             "cuda", _cuda_why_not, _run_with(_cuda_forward), _run_backward_with(_cuda_backward),
             description="CUDA kernels for float16 and bfloat16, head_dim up to 128, on NVIDIA GPUs of compute capability 8.0 on",
@@ -412,7 +429,7 @@ def grid_attention(
         return_lse: also return the log-sum-exp, e.g. for :func:`merge_attention`.
         deterministic: ask for a bitwise reproducible backward; None follows
             ``torch.use_deterministic_algorithms``. The CPU, CUDA and Triton backends always are.
-        impl: backend by name (``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``); None follows :func:`vidkern.use`, by default
+        impl: backend by name (``"cpu"``, ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"``); None follows :func:`vidkern.use`, by default
             the first that can, among the CUDA kernels only where a record of ``vidkern verify`` vouches for them.
 
     Returns:

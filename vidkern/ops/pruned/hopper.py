@@ -1,5 +1,6 @@
-"""Launchers of the products for compute capability 9.0 (csrc/cuda/pruned_hopper*.cu), as cuda.py: :class:`Kit` around a callable that launches
-a kernel by name, and, as this module itself, the kit that ops/pruned/compose.py takes, on the GPU. The passes over rows are cuda.py's."""
+"""Launchers of the products for compute capability 9.0 (csrc/cuda/pruned_hopper*.cu), as cuda.py: :class:`Kit` around a callable that
+launches a kernel by name, and, as this module itself, the kit that ops/pruned/compose.py takes, on the GPU. The passes over rows are cuda.py's.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +20,13 @@ SOURCES = {
     "pruned_hopper": ("pruned_hopper_nt", "pruned_hopper_pairs", "pruned_hopper_cluster"),
     "pruned_hopper_backward": ("pruned_hopper_nn", "pruned_hopper_tn"),
 }
-# Rows, columns, depth, warps and stages of the tiles. Stages: what 227 KB hold beside 33 KB of sums and barriers; no tile is wider, as its sums
-# alone take 128 of a thread's 216 registers. The rates are assumptions until a sweep on a GPU replaces them: a product of 64 columns reads as
-# much shared memory as it has time for, one of 256 half of it.
+# Rows, columns, depth, warps and stages of the tiles. Stages: what 227 KB hold beside 33 KB of sums and barriers; no tile is wider, as the
+# sums of 256 columns take 128 of a thread's 216 registers. The rates are assumptions until a sweep on a GPU replaces them: a product of 64
+# columns reads as much shared memory as it has time for, one of 256 little more than half of that.
 TILES = (configs.Config(128, 256, 64, 12, 4), configs.Config(128, 128, 64, 12, 6, 0.9), configs.Config(128, 64, 64, 12, 8, 0.7))
 BESIDE = 33 << 10  # bytes of shared memory beside the stages
 BOXES, LINES, LISTED = range(3)  # vk::pruned::Way
 CLUSTER = 2  # blocks that share the right operand
-
 
 Boxed = parameters(
     "Boxed", [*((n, TensorMap) for n in "ab"), ("p", cuda.Product), *((n, ctypes.c_int32) for n in ("a_way", "b_way", "blocks"))]

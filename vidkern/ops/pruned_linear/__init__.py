@@ -14,7 +14,7 @@ import torch
 from ... import cuda as kernels
 from ... import registry
 from ..launch import cpu_why_not, fill, triton_why_not
-from ..pruned import checks, compose, cuda
+from ..pruned import checks, compose, cuda, hopper
 from ..pruned.activations import width
 from ..pruned.index import ChannelIndex, resolve
 from ..pruned.plans import PlannedOp
@@ -124,6 +124,11 @@ OP = PlannedOp(
     allocate=_allocate,
     backends=(
         registry.Backend("cpu", lambda x, *rest: cpu_why_not(x), *_with("cpu")),
+        registry.Backend(
+            "hopper", lambda x, *rest: kernels.why_not_hopper(x) or hopper.why_not(x, rest[4]), *_with("hopper"), trust="require",
+            sources=kernels.declare(hopper, cuda),
+            description="CUDA kernels (TMA, wgmma) for float16 and bfloat16 on NVIDIA GPUs of compute capability 9.0 alone",
+        ),
         registry.Backend(
             "cuda", lambda x, *rest: kernels.why_not(x) or cuda.why_not(x, rest[4]), *_with("cuda"), trust="require",
             sources=kernels.declare(cuda),

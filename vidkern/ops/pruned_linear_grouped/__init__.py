@@ -14,7 +14,7 @@ import torch
 from ... import cuda as kernels
 from ... import registry
 from ..launch import cpu_why_not, triton_why_not
-from ..pruned import checks, cuda, cuda_grouped
+from ..pruned import checks, cuda, cuda_grouped, hopper, hopper_grouped
 from ..pruned.compose import FLOAT, flat, vector
 from ..pruned.wants import INNER, OUTER, wanted
 from . import cost, reference
@@ -93,10 +93,15 @@ def _triton(outputs, x, weight, bias, sizes, act, wants, impl):
     _kit("triton_grouped").forward([flat(t) for t in x], [flat(t) for t in weight], bias, act, outputs[0], u)
 
 
-def _cuda(outputs, x, weight, bias, sizes, act, wants, impl):
-    u = outputs[1] if outputs[1].numel() else None
-    rows, weights = [flat(t) for t in x], [flat(t) for t in weight]
-    cuda_grouped.forward(rows, weights, bias, act, outputs[0], u, launch=kernels.launch)
+def _launched(module):
+    """The forward by a module's grouped kernel."""
+
+    def run(outputs, x, weight, bias, sizes, act, wants, impl):
+        u = outputs[1] if outputs[1].numel() else None
+        rows, weights = [flat(t) for t in x], [flat(t) for t in weight]
+        module.forward(rows, weights, bias, act, outputs[0], u, launch=kernels.launch)
+
+    return run
 
 
 def _backward_with(name):
@@ -142,8 +147,13 @@ OP = registry.Op(
     backends=(
         registry.Backend("cpu", lambda x, *rest: cpu_why_not(x[0]), _cpu, _backward_with("cpu")),
         registry.Backend(
-            "cuda", lambda x, *rest: kernels.why_not(x[0]) or cuda.why_not(x[0]), _cuda, _backward_with("cuda"), trust="require",
-            sources=kernels.declare(cuda, cuda_grouped),
+            "hopper", lambda x, *rest: kernels.why_not_hopper(x[0]) or hopper.why_not(x[0]), _launched(hopper_grouped),
+            _backward_with("hopper"), trust="require", sources=kernels.declare(hopper, hopper_grouped, cuda),
+            description="CUDA kernels (TMA, wgmma) for float16 and bfloat16 on NVIDIA GPUs of compute capability 9.0 alone",
+        ),
+        registry.Backend(
+            "cuda", lambda x, *rest: kernels.why_not(x[0]) or cuda.why_not(x[0]), _launched(cuda_grouped), _backward_with("cuda"),
+            trust="require", sources=kernels.declare(cuda, cuda_grouped),
             description="CUDA kernels for float16 and bfloat16 on NVIDIA GPUs of compute capability 8.0 on",
         ),
         registry.Backend(
