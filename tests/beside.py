@@ -1,22 +1,28 @@
-"""Processes that tests wait for, begun as soon as it is known which tests were chosen, on the processors that other tests leave idle.
+"""The second processor: what tests wait for, begun as soon as it is known which tests were chosen, beside the tests that come first.
 
-A test module that has such work defines ``beside(items, folder)``: of its chosen tests and a folder to write into, {name: call}, the
-longest first. Its tests take the fixture ``beside``: ``beside(name)`` is what the call returned, or raises what it raised. The calls run
-in threads while other tests run: they start processes by :func:`started` or
-:func:`process`, and leave the state of this one alone.
+- Modules of the folders in ``APART``, from the last to the first, each as a run of pytest of its own, whose reports take the tests' places
+  when it is their turn (tests/conftest.py). A module that has not begun by then is run the usual way.
+- Calls: a test module that has such work defines ``beside(items, folder)``: of its chosen tests and a folder to write into, {name: call},
+  the longest first. Its tests take the fixture ``beside``: ``beside(name)`` is what the call returned, or raises what it raised. The
+  calls run in threads while other tests run: they start processes by :func:`started` or :func:`process`, and leave the state of this
+  one alone.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ENVIRONMENT = dict(os.environ)  # before the first test, of which some change it for a while
+REPORTS = "VIDKERN_TEST_REPORTS"  # in a run of a module apart: the file that its reports go to
+APART = ("executor",)  # folders of tests that compute for minutes on one thread
 _running: set[subprocess.Popen] = set()
 
 
@@ -50,10 +56,22 @@ def _kill(child) -> None:
         os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
 
 
+def _run_apart(nodeids, root: Path, file: Path) -> dict[str, list[dict]]:
+    """{test: its reports} of a run of these tests; those that it did not come to are missing."""
+    env = ENVIRONMENT | {REPORTS: str(file), "OMP_NUM_THREADS": "1"}
+    process([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *nodeids], cwd=root, env=env)
+    found: dict[str, list[dict]] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        report = json.loads(line)
+        found.setdefault(report["nodeid"], []).append(report)
+    # The last of a test's reports is of its teardown.
+    return {nodeid: reports for nodeid, reports in found.items() if reports[-1]["when"] == "teardown"}
+
+
 class Beside:
     """The calls of all chosen tests, as many at a time as there are processors but this one."""
 
-    def __init__(self, items):
+    def __init__(self, items, root=None):
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._calls = {}
         chosen = {}
@@ -64,6 +82,12 @@ class Beside:
             folder.mkdir()
             self._calls |= {(module.__name__, name): call for name, call in module.beside(chosen[module], folder).items()}
         self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
+        # Not the module that comes first, nor in a run that is apart itself.
+        modules = [] if REPORTS in ENVIRONMENT else [*chosen][:0:-1]
+        self._apart = {}
+        for i, module in enumerate(m for m in modules if m is not None and Path(m.__file__).parent.name in APART):
+            nodeids = [item.nodeid for item in chosen[module]]
+            self._apart[module] = self._pool.submit(_run_apart, nodeids, root, Path(self._folder.name, f"{i}.reports"))
         self._results = {key: self._pool.submit(call) for key, call in self._calls.items()}
 
     def result(self, module: str, name):
@@ -76,6 +100,11 @@ class Beside:
             except Exception as error:
                 self._results[key].set_exception(error)
         return self._results[key].result()
+
+    def reports(self, item) -> list[dict] | None:
+        """Of a test that was run apart; None if it is to be run here."""
+        future = self._apart.get(getattr(item, "module", None))
+        return None if future is None or future.cancel() or future.exception() else future.result().get(item.nodeid)
 
     def end(self):
         """Nothing is begun any more, and what runs is ended."""

@@ -13,6 +13,7 @@ nvcc              the CUDA compiler, for the machine code of the hand-written ke
 
 import functools
 import importlib
+import json
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from beside import Beside
+from beside import REPORTS, Beside
 
 # /proc/cpuinfo's names of what each compiled tier uses.
 TIER_FLAGS = {
@@ -101,6 +102,8 @@ def interpret_like_hardware() -> None:
 
 
 def pytest_configure(config):
+    if path := os.environ.get(REPORTS):
+        config.pluginmanager.register(Reporter(config, path))
     if os.environ.get("TRITON_INTERPRET") == "1":
         interpret_like_hardware()
     for name in filter(None, (part.strip() for part in os.environ.get("VIDKERN_REQUIRE", "").split(","))):
@@ -115,7 +118,35 @@ BESIDE = pytest.StashKey()
 
 def pytest_collection_finish(session):
     if not session.config.option.collectonly:
-        session.config.stash[BESIDE] = Beside(session.items)
+        session.config.stash[BESIDE] = Beside(session.items, session.config.rootpath)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    """In the place of a test that was run apart, its reports."""
+    config = item.config
+    reports = config.stash[BESIDE].reports(item)
+    if reports is None:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for data in reports:
+        report = config.hook.pytest_report_from_serializable(config=config, data=data)
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    item.session._setupstate.teardown_exact(nextitem)  # what the tests before it had kept for it
+    return True
+
+
+class Reporter:
+    """In a run of a module apart: writes its reports down."""
+
+    def __init__(self, config, path):
+        self.config, self.path = config, path
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(data, default=str) + "\n")
 
 
 def pytest_sessionfinish(session):

@@ -1,9 +1,11 @@
 """Work begun beside the tests: results and errors come back, what has not begun runs here, and nothing outlives the run."""
 
 import os
+import shutil
 import sys
 import threading
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -70,3 +72,56 @@ def test_nothing_outlives_the_run(work, tmp_path):
     assert time.monotonic() - before < 60
     assert begun._results["some_module", "long"].result(0).returncode < 0
     assert not (tmp_path / "never").exists() and not os.path.exists(begun._folder.name)
+
+
+WAITS = """
+import os, pathlib, time
+def test_waits():
+    end = time.monotonic() + 60
+    while not all(pathlib.Path(name).exists() for name in ("apart", "dying")) and time.monotonic() < end:
+        time.sleep(0.01)
+"""
+RUNS_APART = """
+import os, pathlib, pytest
+@pytest.fixture(scope="module")
+def where():
+    return "VIDKERN_TEST_REPORTS" in os.environ
+"""
+MODULES = {
+    "first/test_waits.py": WAITS,
+    "executor/test_apart.py": RUNS_APART + """
+@pytest.mark.parametrize("n", ["a b", "c::d"])
+def test_passes(where, n):
+    pathlib.Path("apart").touch()
+    assert where
+def test_fails(where):
+    print("said by it")
+    assert not where
+@pytest.mark.skip(reason="no need")
+def test_skipped(): pass
+@pytest.mark.xfail
+def test_expected(): assert False
+@pytest.mark.slow
+def test_not_chosen(): assert False
+""",
+    "executor/test_dying.py": RUNS_APART + """
+def test_ends_its_process(where):
+    pathlib.Path("dying").touch()
+    if where: os._exit(3)
+""",
+    "last/test_here.py": RUNS_APART + "def test_here(where): assert not where\n",
+}
+
+
+def test_modules_run_apart(tmp_path):
+    """Their reports count as those of tests run here; what a process that died left undone is run here; what was not chosen is not run."""
+    for name, text in MODULES.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    for name in ("beside.py", "conftest.py"):
+        shutil.copy(Path(__file__).with_name(name), tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\ntestpaths = first executor last\n")
+    done = subject.process([sys.executable, "-m", "pytest", "-rA", "-m", "not slow", "-p", "no:cacheprovider"], cwd=tmp_path)
+    assert done.returncode == 1 and "said by it" in done.stdout, done.stdout + done.stderr
+    assert all(part in done.stdout.splitlines()[-1] for part in ("1 failed", "5 passed", "1 skipped", "1 deselected", "1 xfailed")), done.stdout[-500:]
