@@ -1,7 +1,7 @@
 """The second processor: what tests wait for, begun as soon as it is known which tests were chosen, beside the tests that come first.
 
-- Modules of the folders in ``APART``, from the last to the first, each as a run of pytest of its own, whose reports take the tests' places
-  when it is their turn (tests/conftest.py). A module that has not begun by then is run the usual way.
+- Modules of the folders in ``APART``, from the last to the first, each as a run of pytest of its own, whose reports take the tests'
+  places when it is their turn (tests/conftest.py). A module that has not begun by then is run the usual way.
 - Calls: a test module that has such work defines ``beside(items, folder)``: of its chosen tests and a folder to write into, {name: call},
   the longest first. Its tests take the fixture ``beside``: ``beside(name)`` is what the call returned, or raises what it raised. The
   calls run in threads while other tests run: they start processes by :func:`started` or :func:`process`, and leave the state of this
@@ -28,7 +28,8 @@ _running: set[subprocess.Popen] = set()
 
 @contextlib.contextmanager
 def started(command, *, env=None, **options):
-    """``subprocess.Popen`` with texts of both outputs, in ``ENVIRONMENT`` unless told otherwise. Beside tests it leaves the processor to them."""
+    """``subprocess.Popen`` with texts of both outputs, in ``ENVIRONMENT`` unless told otherwise. Beside tests it leaves the processor to
+    them."""
     polite = [] if threading.current_thread() is threading.main_thread() or not shutil.which("nice") else ["nice", "-n", "10"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     alone = {"start_new_session": True, "env": ENVIRONMENT if env is None else env}
@@ -63,15 +64,26 @@ def _run_apart(nodeids, root: Path, file: Path) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for line in file.read_text().splitlines() if file.exists() else ():
         report = json.loads(line)
+        if isinstance(report["longrepr"], list):  # a skip's place and reason: the summary asks for the tuple that JSON does not know
+            report["longrepr"] = tuple(report["longrepr"])
         found.setdefault(report["nodeid"], []).append(report)
     # The last of a test's reports is of its teardown.
     return {nodeid: reports for nodeid, reports in found.items() if reports[-1]["when"] == "teardown"}
+
+
+def _terminated(number, frame) -> None:
+    """They are in sessions of their own, where the signal does not reach them."""
+    for child in list(_running):
+        _kill(child)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 class Beside:
     """The calls of all chosen tests, as many at a time as there are processors but this one."""
 
     def __init__(self, items, root=None):
+        signal.signal(signal.SIGTERM, _terminated)
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._calls = {}
         chosen = {}

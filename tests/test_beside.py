@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -74,6 +75,32 @@ def test_nothing_outlives_the_run(work, tmp_path):
     assert not (tmp_path / "never").exists() and not os.path.exists(begun._folder.name)
 
 
+ENDED = """
+import sys, threading, time, types
+sys.path.insert(0, {tests!r})
+import beside
+sleeper = [sys.executable, "-c", "import os, time; print(os.getpid()); open({file!r}, 'w').write(str(os.getpid())); time.sleep(300)"]
+module = types.ModuleType("m")
+module.beside = lambda items, folder: {{"sleeps": lambda: beside.process(sleeper)}}
+beside.Beside([types.SimpleNamespace(module=module)])
+time.sleep(300)
+"""
+
+
+def test_a_terminated_run_takes_them_along(tmp_path):
+    file = tmp_path / "pid"
+    with subject.started([sys.executable, "-c", ENDED.format(tests=str(Path(__file__).parent), file=str(file))]) as run:
+        while not (file.exists() and file.read_text()):
+            time.sleep(0.01)
+        run.terminate()
+        assert run.wait(60) == -signal.SIGTERM
+    end = time.monotonic() + 60
+    while time.monotonic() < end and Path("/proc", file.read_text()).exists():
+        time.sleep(0.01)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
+
+
 WAITS = """
 import os, pathlib, time
 def test_waits():
@@ -114,7 +141,8 @@ def test_ends_its_process(where):
 
 
 def test_modules_run_apart(tmp_path):
-    """Their reports count as those of tests run here; what a process that died left undone is run here; what was not chosen is not run."""
+    """Their reports count as those of tests run here; what a process that died left undone is run here; what was not chosen is not
+    run."""
     for name, text in MODULES.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -124,4 +152,5 @@ def test_modules_run_apart(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\ntestpaths = first executor last\n")
     done = subject.process([sys.executable, "-m", "pytest", "-rA", "-m", "not slow", "-p", "no:cacheprovider"], cwd=tmp_path)
     assert done.returncode == 1 and "said by it" in done.stdout, done.stdout + done.stderr
-    assert all(part in done.stdout.splitlines()[-1] for part in ("1 failed", "5 passed", "1 skipped", "1 deselected", "1 xfailed")), done.stdout[-500:]
+    wanted = ("1 failed", "5 passed", "1 skipped", "1 deselected", "1 xfailed")
+    assert all(part in done.stdout.splitlines()[-1] for part in wanted), done.stdout

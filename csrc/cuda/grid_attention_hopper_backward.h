@@ -3,8 +3,8 @@
 // block's own two tiles, Q and dO or K and V, come once; the columns' two, K and V or Q and dO, come stage after stage. Logits and dP are
 // products of shared memory, P and dS stay in registers as left operands. No atomics: deterministic.
 //
-// Main and edge tiles have the same WIDTH, by the frame length (vidkern/ops/grid_attention/hopper_backward.py). Beside the tiles a stage has
-// notes: of each column what its exponentials and gradients are taken against, +inf where the column is hidden, and which rows see the tile.
+// Main and edge tiles have the same WIDTH, by the frame length (vidkern/ops/grid_attention/hopper_backward.py). Beside them a stage has
+// notes: what each column's exponentials and gradients are taken against, +inf where it is hidden, and which rows see the tile.
 #pragma once
 #include "device/philox.h"
 #include "grid_attention_hopper.h"
@@ -37,8 +37,8 @@ constexpr bool WHOLE = false;
 template <>
 constexpr bool WHOLE<f16> = true;
 
-// What a stage knows beside its tiles: 8 bytes a column, the log-sum-exp in base 2 and Delta, +inf and 0 where the column is hidden; for dQ,
-// which has its rows' own, 0 and 0 where it is not. Then the rows that see the tile, first and end.
+// What a stage knows beside its tiles: 8 bytes a column, the log-sum-exp in base 2 and Delta, +inf and 0 where it is hidden; for dQ, which
+// has its rows' own, 0 and 0 where it is not. Then the rows that see the tile, first and end.
 template <i32 WIDTH>
 struct Notes {
   static constexpr i32 ROWS_AT = WIDTH * 8, BYTES = ROWS_AT + 16;
@@ -81,8 +81,8 @@ struct Room {
   }
 };
 
-// The producer warpgroup. A tile all of whose columns are seen by the rows that it names comes by boxes; all else by cp.async, zeros for what
-// is hidden, and its stage is called full one tile later. A stage is full when each warp has arrived.
+// The producer warpgroup. A tile all of whose columns the rows that it names see comes by boxes; all else by cp.async, zeros for what is
+// hidden, and its stage is called full one tile later. A stage is full when each warp has arrived.
 template <typename T, Part PART, i32 DIM, i32 WIDTH>
 VK_DEVICE void produce(const HopperBackward& g, const Program& at, const Room<DIM, WIDTH>& room) {
   using Column = typename Room<DIM, WIDTH>::Column;
@@ -184,8 +184,8 @@ VK_DEVICE void gather(Accumulator (&out)[DIM / 8], const Left<T, WIDTH, WHOLE>& 
   products_commit();
 }
 
-// out += P B of the rows of B from 16 `first` on, in the rows that see the tile, 64 values at a time: P is 0 for the others, but 0 times a NaN
-// that only others see is NaN.
+// out += P B of the rows of B from 16 `first` on, in the rows that see the tile, 64 values at a time: P is 0 for the others, but 0 times a
+// NaN that only others see is NaN.
 template <typename T, i32 N, i32 DIM, bool WHOLE, typename Column>
 VK_DEVICE void gather_part(Accumulator (&out)[DIM / 8], const Left<T, N, WHOLE>& p, const Column& b, i32 first, const bool (&sees)[2]) {
   const auto panel = [&](auto& part, i32 from) {

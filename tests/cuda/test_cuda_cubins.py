@@ -3,6 +3,8 @@
 import ctypes
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -225,8 +227,19 @@ def test_without_nvrtc_it_says_what_to_install(csrc, monkeypatch):
             call()
 
 
+def test_threads_that_compile_first_find_the_whole_compiler():
+    """cuda.core fills itself from another module while it is imported: without a lock, most of these threads find no ``Program``."""
+    code = (
+        "import threading; from vidkern.cuda import cubins; together = threading.Barrier(8); found = []\n"
+        "def work(): together.wait(); found.append(cubins._program())\n"
+        "threads = [threading.Thread(target=work) for _ in range(8)]; [t.start() for t in threads]; [t.join() for t in threads]\n"
+        "assert len(found) == 8"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_experimental_name_of_older_releases(monkeypatch):
-    import sys
     from types import ModuleType
 
     from cuda import core

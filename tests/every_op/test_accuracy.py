@@ -16,14 +16,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DTYPES_HERE = list(DTYPES)
 
 
-# These differ from others in the plan's tables alone, which tests/triton/test_plan.py counts pair by pair for every sample and many tiles; or
-# have the masks of "everything".
+# These differ from others in the plan's tables alone, which tests/triton/test_plan.py counts pair by pair for every sample and many
+# tiles; or have the masks of "everything".
 TABLES_ALONE = ("one_view", "one_time", "causal", "windows", "cyclic", "anchors", "part_self", "part_time", "valid", "demo")
 
 
 def redundant(op, backend, dtype, i, name) -> bool:
-    """Left to the slow run: of the interpreter, and of the many samples of the pyramid ops on the CPU, each is run in one of two dtypes; and
-    of attention's patterns in the interpreter, those whose tables alone are theirs."""
+    """Left to the slow run: of the interpreter, and of the many samples of the pyramid ops on the CPU, each is run in one of two dtypes;
+    and of attention's patterns in the interpreter, those whose tables alone are theirs."""
     one_dtype = INTERPRETED or (op.startswith("pyramid") and backend == "cpu")
     return (one_dtype and DTYPES_HERE.index(dtype) != i % 2) or (INTERPRETED and op == "grid_attention" and name in TABLES_ALONE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,13 +20,17 @@ INSTALL = 'pip install "vidkern[cuda]"'
 HOPPER = (9, 0)  # the compute capability that runs machine code of sources.HOPPER
 
 
+_importing = threading.Lock()
+
+
 def _program():
     """``Program`` and ``ProgramOptions`` of cuda.core; cuda-python 12 has them under an experimental name."""
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError:
-        from cuda.core.experimental import Program, ProgramOptions
-    return Program, ProgramOptions
+    with _importing:  # a second thread would find the module as far as the first has come
+        try:
+            from cuda.core import Program, ProgramOptions
+        except ImportError:
+            from cuda.core.experimental import Program, ProgramOptions
+        return Program, ProgramOptions
 
 
 @functools.lru_cache(maxsize=1)

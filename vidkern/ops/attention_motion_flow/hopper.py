@@ -157,6 +157,6 @@ def _prepare(dmean, dlse, q, mean, lse, n_pairs: int, grid, launch):
     given = [None if t is None else t.contiguous() for t in (dmean, dlse, None if dmean is None else mean, lse)]
     unity = unity_of(*given[:2], grid) if q.dtype == torch.float16 else None
     reads = [*given, unity]
-    parameters = cuda.Prepare(*cuda._addresses(*reads, slopes, flags), math.prod(maps), size, blocks, *centre)
-    launch("amf_prepare", parameters, -(-math.prod(maps) * blocks // 4), cuda.THREADS, 0, cuda._present(*reads), [slopes, flags])
+    prepare = cuda.Prepare(*cuda._addresses(*reads, slopes, flags), math.prod(maps), size, blocks, *centre)
+    launch("amf_prepare", prepare, -(-math.prod(maps) * blocks // 4), cuda.THREADS, 0, cuda._present(*reads), [slopes, flags])
     return slopes, flags, unity, centre

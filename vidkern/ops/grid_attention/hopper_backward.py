@@ -1,4 +1,4 @@
-"""Launcher of the backward for compute capability 9.0a (csrc/cuda/grid_attention_hopper_backward*): which width of tiles, which parameters."""
+"""Launcher of the backward for compute capability 9.0a (csrc/cuda/grid_attention_hopper_backward*): which tiles, which parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOURCES = {
 ROWS = SHARE * GROUPS  # of a block
 # Columns of a tile: 48 divides many frame lengths, the other is the widest at which the sums of both products of shared memory, their
 # operands, and dQ or dK and dV stay in registers.
-WIDTHS = {("dq", 64): (48, 96), ("dq", 96): (48, 96), ("dq", 128): (48, 96), ("dkv", 64): (48, 96), ("dkv", 96): (48, 96), ("dkv", 128): (48, 64)}
+WIDTHS = {(part, dim): (48, 64 if (part, dim) == ("dkv", 128) else 96) for part in ("dq", "dkv") for dim in (64, 96, 128)}
 # What a column of an edge tile costs in columns of a main tile (masks, and sums of its own), and what a tile costs beside its columns.
 # Assumptions until a sweep on a GPU replaces them.
 EDGE_COST, TILE_COST = 1.5, 8
@@ -41,7 +41,7 @@ Backward = parameters(
 
 
 def shared_bytes(dim: int, width: int) -> int:
-    """Shared memory of a block: barriers, the rows' two tiles, and up to four stages of the columns' two and what is noted of each column."""
+    """Shared memory of a block: barriers, the rows' two tiles, up to four stages of the columns' two and of notes on the columns."""
     row = -(-dim // PANEL) * PANEL * 2
     own, stage = ALIGN + 2 * ROWS * row, 2 * width * row + 8 * width + 16
     return own + min(4, (MEMORY - own) // stage) * stage
@@ -95,4 +95,5 @@ def backward(
         )  # fmt: skip
         reads = [*own, *columns, lse, delta, *tables, *([] if live is None else [live])]
         writes = [g for g in grads if g is not None]
-        launch(f"grid_attention_hopper_{part}_{dim}_{dtype}_{width}", given, tables.n_tiles * batch * of, THREADS, shared_bytes(dim, width), reads, writes)
+        name, blocks = f"grid_attention_hopper_{part}_{dim}_{dtype}_{width}", tables.n_tiles * batch * of
+        launch(name, given, blocks, THREADS, shared_bytes(dim, width), reads, writes)
