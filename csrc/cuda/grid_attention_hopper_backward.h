@@ -229,6 +229,12 @@ struct Consumer {
     for (i32 h = 0; h < 2; ++h) sees[h] = token(h) >= from && token(h) < to;
     return first < to && first + SHARE > from;
   }
+  // Whether the warpgroup has no rows; then it has only let go of the tiles.
+  VK_DEVICE bool passes(i32 count) const {
+    if (first < end) return false;
+    for (i32 i = 0; i < count; ++i) room.ring.wait_full(i), room.ring.release(i);
+    return true;
+  }
   template <typename T>
   VK_DEVICE void leave_to(void* to, const Strides& step, const Program& at, const Accumulator (&out)[DIM / 8], float factor,
                           const typename Room<DIM, WIDTH>::Own& through, i32 dim) const {
@@ -241,6 +247,8 @@ struct Consumer {
 template <typename T, i32 DIM, i32 WIDTH>
 VK_DEVICE void consume_dq(const HopperBackward& g, const Program& at, const Room<DIM, WIDTH>& room) {
   const Consumer<DIM, WIDTH> c(at, room);
+  const i32 whole = g.live == nullptr ? at.main_count : 0, count = at.main_count + at.edge_count;
+  if (c.passes(count)) return;
   const float* lse = g.lse + at.batch * g.lse_step.batch + at.head * g.lse_step.head;
   const float* delta = g.delta + at.batch * g.delta_step.batch + at.head * g.delta_step.head;
   float top[2], less[2];
@@ -255,7 +263,6 @@ VK_DEVICE void consume_dq(const HopperBackward& g, const Program& at, const Room
     less[h] = alive[h] ? load(delta + mine * g.delta_step.token) : 0.0f;
   }
   const float scale = g.scale * LOG2E;
-  const i32 whole = g.live == nullptr ? at.main_count : 0, count = at.main_count + at.edge_count;
   Accumulator out[DIM / 8], s[WIDTH / 8], d[WIDTH / 8];
   Left<T, WIDTH, WHOLE<T>> left;
   clear(out);
@@ -321,6 +328,7 @@ VK_DEVICE void consume_dkv(const HopperBackward& g, const Program& at, const Roo
   const Consumer<DIM, WIDTH> c(at, room);
   const float scale = g.scale * LOG2E;
   const i32 whole = g.live == nullptr ? at.main_count : 0, each = at.main_count + at.edge_count;
+  if (c.passes(each * g.group)) return;
   // Columns of a tile with hidden pairs that are worked on at a time: two sums of its own come on top there.
   constexpr i32 PIECE = DIM > 64 && WIDTH > 48 ? WIDTH / 2 : WIDTH;
   Accumulator dk[DIM / 8], dv[DIM / 8];

@@ -191,8 +191,9 @@ def nvcc() -> str | None:
 _INSTRUCTIONS = re.compile(
     r"\b(?:HMMA|HGMMA|UTMALDG|UTMASTG|USETMAXREG|SYNCS|WARPGROUP|LDGSTS|LDSM|LDG\.E|STG\.E|STL|LDL|BAR|SHFL)[.\w]*"
 )
-# ptxas could not run products of a warpgroup beside other instructions: it waits for each (C7510 to C7519), and says in which function.
-_SERIALIZED = re.compile(r"\(C751\d\) (.*)")
+# ptxas could not run products of a warpgroup beside other instructions: it waits for each (C7510 to C7520), or that it does not know the
+# registers that setmaxnreg begins from (C7508), and says in which function.
+_SERIALIZED = re.compile(r"\(C75(?:08|1\d|20)\) (.*)")
 
 
 def machine_code(source: Path, architecture: str) -> dict[str, dict[str, int]]:

@@ -72,6 +72,29 @@ VK_KERNEL(64) phases(const Values p) {
 }
 VK_ENTRY(phases, Values)
 
+// 64 threads: two lanes, one of which did something before, read a word, [2], that another warp overwrites when one of them says so.
+VK_KERNEL(64) readers(const Values p) {
+  const u32 lane = lane_index();
+  const Shared<u64> were_read = shared_at<u64>(0);
+  const Shared<u8> word = shared_at<u8>(64);
+  if (thread_index() == 0) {
+    mbarrier_make(were_read, 1);
+    mbarriers_made();
+    store4(word, load(p.from));
+  }
+  block_barrier();
+  if (warp_index() == 0) {
+    if (lane == 0) async_fence();
+    if (lane < 2) store(p.to + lane, load4(word));
+    warp_barrier();  // read
+    if (lane == 0) mbarrier_arrive(were_read);
+  } else if (lane == 0) {
+    mbarrier_wait(were_read, 0);
+    store4(word, 0);
+  }
+}
+VK_ENTRY(readers, Values)
+
 struct Refill {
   TensorMap map;
   u8* to;

@@ -22,7 +22,7 @@ SOURCES = {dim: CSRC / "cuda" / f"grid_attention_hopper_backward_{dim}.cu" for d
 # Two take minutes here.
 SAMPLES = [s for s in rooms.room("grid_attention").samples if s.dim <= 128 and s.name not in ("one_token_frames", "demo")]
 # Of the others the slow run takes those that differ in what the backward does.
-SLOW = ("gqa", "odd_799", "causal_anchor", "text_back_len", "dim_128")
+SLOW = ("gqa", "causal_anchor", "text_back_len", "dim_128")
 QUICK = ("one_frame", "text_front", "frames_masked", "dim_8")
 KERNELS = [(part, dim, width) for (part, dim), widths in hopper_backward.WIDTHS.items() for width in widths]
 
@@ -240,7 +240,7 @@ def products(part: str, tables, dim: int, width: int, whole: bool) -> int:
     count = 0
     for first, end, _, n_main, at, n_edge in tables.tiles.tolist():
         for share in (first, first + 64):
-            count += n_main * main
+            count += n_main * main * (share < end)
             for _, _, begin, last in tables.edge[at : at + n_edge].tolist():
                 count += edge * (share < min(last, end) and share + 64 > begin)
     return count
@@ -248,14 +248,15 @@ def products(part: str, tables, dim: int, width: int, whole: bool) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_products_are_those_of_the_plan(narrow, monkeypatch, dtype):
-    """Tiles that none of a warpgroup's rows sees cost it nothing; in float16 dQ takes dS in two products."""
+    """Tiles that none of a warpgroup's rows sees cost it nothing, and a warpgroup without rows does nothing; in float16 dQ takes dS in two
+    products."""
     counted = []
     install(monkeypatch, narrow, counted)
-    attend("hopper-executed", dtype, grid=(3, 2), frame_len=100, dim=64)
+    attend("hopper-executed", dtype, grid=(3, 2), frame_len=90, dim=64)
     backward = [(name, counts) for name, counts in counted if "hopper" in name]
     assert len(backward) == 2
     for (name, counts), part, heads in zip(backward, ("dq", "dkv"), (2, 2)):
-        shape = Shape(vidkern.GridPattern(3, 2).key, 100, 0, False, part == "dkv")
+        shape = Shape(vidkern.GridPattern(3, 2).key, 90, 0, False, part == "dkv")
         tiles = hopper_backward.tiling(shape, part, 64)
         tables = plan(shape, tiles, torch.device("cpu"))
         assert name.endswith(f"_{tiles.block_n}")
