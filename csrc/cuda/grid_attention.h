@@ -40,6 +40,14 @@ VK_DEVICE Columns columns_of(const Program& p, const i32* main, const i32* edge,
   return {load(e), load(e + 1), load(e + 2), load(e + 3)};
 }
 
+// Whether dQ takes dS with what its rounding drops, in two products. A row of dQ often hangs on one large dS; where that lies near the middle
+// of two values, its half step can more than double the error of a kernel that rounds it the other way. Only float16, taken for its precision,
+// is worth the price; dK and dV sum over many rows and do without.
+template <typename T>
+constexpr bool WHOLE = false;
+template <>
+constexpr bool WHOLE<f16> = true;
+
 // Rows whose byte has a bit set.
 struct Bit {
   const u8* bytes;

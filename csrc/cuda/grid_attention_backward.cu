@@ -28,14 +28,6 @@ struct Backward {
 
 constexpr i32 HALF = 32;  // columns that dQ works on at a time
 
-// Whether dQ takes dS with what its rounding drops, in two products. A row of dQ often hangs on one large dS; where that lies near the middle
-// of two values, its half step can more than double the error of a kernel that rounds it the other way. Only float16, taken for its precision,
-// is worth the price; dK and dV sum over many rows and do without.
-template <typename T>
-constexpr bool WHOLE = false;
-template <>
-constexpr bool WHOLE<f16> = true;
-
 // One warp a row.
 template <typename T>
 VK_DEVICE void delta(const Delta& g) {

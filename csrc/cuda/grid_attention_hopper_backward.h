@@ -31,12 +31,6 @@ constexpr i32 SHARE = 64, GROUPS = 2;  // rows of a consumer warpgroup, and how 
 constexpr u32 MEMORY = 232448;         // bytes of shared memory that a block may have
 enum Part { DQ, DKV };
 
-// A row of dQ often hangs on one large dS; in float16, which is chosen for its precision, dQ takes dS whole, in two products.
-template <typename T>
-constexpr bool WHOLE = false;
-template <>
-constexpr bool WHOLE<f16> = true;
-
 // What a stage knows beside its tiles: 8 bytes a column, the log-sum-exp in base 2 and Delta, +inf and 0 where it is hidden; for dQ, which
 // has its rows' own, 0 and 0 where it is not. Then the rows that see the tile, first and end.
 template <i32 WIDTH>

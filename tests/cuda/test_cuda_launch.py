@@ -351,13 +351,16 @@ def test_a_record_of_hopper_is_bound_to_all_that_it_launches():
     """Its own sources, and the other GPUs' kernels that it shares."""
     with_it = {name: op._by_name for name, op in registry.ops().items() if "hopper" in op._by_name}
     assert set(with_it) == {"grid_attention", "attention_motion_flow", "pruned_linear", "pruned_ffn", "pruned_linear_grouped"}
+    every = {f"csrc/cuda/{path.name}" for path in (cubins.sources.folder() / "cuda").glob("*_hopper*.cu")}
+    assert every <= {source for backends in with_it.values() for source in backends["hopper"].sources}
     for name, backends in with_it.items():
         hopper, cuda_ = backends["hopper"], backends["cuda"]
         order = list(backends)
         assert hopper.trust == "require" and order.index("hopper") + 1 == order.index("cuda")
         own = {path.name for path in verified.closure(hopper.sources)}
         assert {"hopper.h", "warpgroup.h", "tensor_map.h", "tensor_map.py", "driver.py", "hopper.py", "cuda.py"} <= own, name
-        assert any("_hopper" in source and source.endswith(".cu") for source in hopper.sources)
+        shared = {source for source in cuda_.sources if source.endswith(".cu")} - {"csrc/cuda/pruned_grouped.cu"}  # of which it has its own
+        assert shared <= set(hopper.sources), name
         assert not any("hopper" in path.name for path in verified.closure(cuda_.sources)), "and the others' is not bound to Hopper's"
 
 

@@ -191,8 +191,8 @@ def nvcc() -> str | None:
 _INSTRUCTIONS = re.compile(
     r"\b(?:HMMA|HGMMA|UTMALDG|UTMASTG|USETMAXREG|SYNCS|WARPGROUP|LDGSTS|LDSM|LDG\.E|STG\.E|STL|LDL|BAR|SHFL)[.\w]*"
 )
-# ptxas could not run products of a warpgroup beside other instructions: it waits for each (C7510 to C7520), or that it does not know the
-# registers that setmaxnreg begins from (C7508), and says in which function.
+# ptxas could not run products of a warpgroup beside other instructions and waits for each (C7510 to C7520, and in which function); or it
+# does not know how many registers setmaxnreg begins from (C7508, of which function it does not say).
 _SERIALIZED = re.compile(r"\(C75(?:08|1\d|20)\) (.*)")
 
 
@@ -219,7 +219,7 @@ def machine_code(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     result = {}
     for part in re.split(r"\n\s*Function : ", dump)[1:]:
         name = part.split("\n", 1)[0].strip()
-        counts = {"registers": use[name][0], "spilled": use[name][1], "serialized": sum(f"'{name}'" in line for line in complaints)}
+        counts = {"registers": use[name][0], "spilled": use[name][1], "serialized": sum(f"'{name}'" in line or " function '" not in line for line in complaints)}
         for word in _INSTRUCTIONS.findall(part):
             word = re.sub(r"\.(EF|EL|LU|NA|STRONG|SYS|GPU|CONSTANT|U8|S8)\b", "", word)
             if word.startswith("UTMALDG") and "MULTICAST" in word:

@@ -23,11 +23,11 @@ VK_DEVICE void mbarrier_expect(Shared<u64> b, u32 bytes) {
 VK_DEVICE void mbarrier_wait(Shared<u64> b, u32 parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n"
-      "again:\n\t"
+      "vk_again:\n\t"
       "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n\t"
-      "@done bra over;\n\t"
-      "bra again;\n"
-      "over:\n\t}" ::"r"(b.at),
+      "@done bra vk_over;\n\t"
+      "bra vk_again;\n"
+      "vk_over:\n\t}" ::"r"(b.at),
       "r"(parity)
       : "memory");
 }
