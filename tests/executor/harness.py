@@ -36,6 +36,12 @@ def _digest(paths: Iterable[Path], *more: str) -> str:
     return h.hexdigest()[:24]
 
 
+def _sources(source: Path) -> list[Path]:
+    """A CUDA source and the headers that it may include; one of the tests finds those of csrc by the compiler's options alone."""
+    elsewhere = [] if source.resolve().is_relative_to(CSRC) else sorted((CSRC / "cuda").rglob("*.h"))
+    return [*closure(source), *elsewhere]
+
+
 def _compile(to: Path, *arguments) -> None:
     """Compile or link; what runs beside this sees all of the result or nothing."""
     flags = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Werror"]
@@ -72,7 +78,7 @@ class Program:
             assert len(holders) == 1 and texts[holders[0]].count(old) == 1, f"{old!r} stands in {holders}, expected once in one file"
             texts[holders[0]] = texts[holders[0]].replace(old, new)
         executor = _executor()
-        compiled = BUILT / f"{source.stem}-{_digest((*closure(source), HERE / 'executor.h'), *texts.values())}.o"
+        compiled = BUILT / f"{source.stem}-{_digest((*_sources(source), HERE / 'executor.h'), *texts.values())}.o"
         if not compiled.exists():
             # The source and the headers beside it: an include finds the edited one first.
             with tempfile.TemporaryDirectory(dir=BUILT) as folder:
@@ -202,9 +208,7 @@ def machine_code(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     from vidkern.bench.aot import _tool
 
     BUILT.mkdir(parents=True, exist_ok=True)
-    # A source of the tests finds the headers by the compiler's options alone.
-    elsewhere = () if source.resolve().is_relative_to(CSRC) else sorted((CSRC / "cuda").rglob("*.h"))
-    cubin = BUILT / f"{source.stem}-{_digest((*closure(source), *elsewhere), architecture)}.{architecture}.cubin"
+    cubin = BUILT / f"{source.stem}-{_digest(_sources(source), architecture)}.{architecture}.cubin"
     said = cubin.with_suffix(".ptxas")
     if not (cubin.exists() and said.exists()):
         made = cubin.with_suffix(f".{os.getpid()}")
@@ -219,7 +223,7 @@ def machine_code(source: Path, architecture: str) -> dict[str, dict[str, int]]:
     result = {}
     for part in re.split(r"\n\s*Function : ", dump)[1:]:
         name = part.split("\n", 1)[0].strip()
-        counts = {"registers": use[name][0], "spilled": use[name][1], "serialized": sum(f"'{name}'" in line or " function '" not in line for line in complaints)}
+        counts = {"registers": use[name][0], "spilled": use[name][1], "serialized": sum(f"'{name}'" in line for line in complaints)}
         for word in _INSTRUCTIONS.findall(part):
             word = re.sub(r"\.(EF|EL|LU|NA|STRONG|SYS|GPU|CONSTANT|U8|S8)\b", "", word)
             if word.startswith("UTMALDG") and "MULTICAST" in word:
@@ -227,7 +231,7 @@ def machine_code(source: Path, architecture: str) -> dict[str, dict[str, int]]:
             word = word if word.startswith(("LDG.E", "STG.E")) else word.split(".")[0]
             counts[word] = counts.get(word, 0) + 1
         result[name] = counts
-    # A complaint about a function that is no kernel concerns whatever calls it.
+    # A complaint that names no function, or one that is no kernel, may concern any of them.
     others = sum(not any(f"'{name}'" in line for name in result) for line in complaints)
     for counts in result.values():
         counts["serialized"] += others
