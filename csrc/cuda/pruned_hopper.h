@@ -38,21 +38,16 @@ struct Form {
   static VK_DEVICE Ring ring() { return {shared_at<u64>(BARRIERS_AT)}; }
   static VK_DEVICE A a(i32 use) { return {shared_at<u8>(PANELS_AT + u32(use % STAGES * BYTES))}; }
   static VK_DEVICE B b(i32 use) { return {shared_at<u8>(PANELS_AT + u32(use % STAGES * BYTES + A::BYTES))}; }
-  // Of clusters: that a stage is empty in every block, as each one's producer says to all.
-  static VK_DEVICE Shared<u64> empty_everywhere(i32 use) { return shared_at<u64>(BARRIERS_AT + Ring::BYTES) + use % STAGES; }
-  static VK_DEVICE void wait_empty(i32 use) {
-    ring().wait_empty(use);
-    if constexpr (BLOCKS > 1) {
-      if (use < STAGES) return;
-      for (u32 rank = 0; rank < u32(BLOCKS); ++rank) mbarrier_arrive_at(empty_everywhere(use), rank);
-      mbarrier_wait(empty_everywhere(use), u32(use / STAGES + 1) & 1);
+  // By one thread, before a barrier of all blocks of the cluster. fills: arrivals that fill a stage. It is empty when it is in every block.
+  static VK_DEVICE void make(u32 fills) { ring().make(fills, BLOCKS * WORKERS * (hopper::GROUP / WARP)); }
+  // This warp no longer reads it: Ring::release, to every block that may copy into it.
+  static VK_DEVICE void release(i32 use) {
+    if constexpr (BLOCKS == 1) {
+      ring().release(use);
+    } else {
+      warp_barrier();
+      if (lane_index() < u32(BLOCKS)) mbarrier_arrive_at(ring().empty(use), lane_index());
     }
-  }
-  // By one thread, before a barrier of all blocks of the cluster. fills: arrivals that fill a stage.
-  static VK_DEVICE void make(u32 fills) {
-    if constexpr (BLOCKS > 1)
-      for (i32 i = 0; i < STAGES; ++i) mbarrier_make(empty_everywhere(i), BLOCKS);
-    ring().make(fills, WORKERS * (hopper::GROUP / WARP));
   }
 };
 
@@ -141,7 +136,7 @@ VK_DEVICE void produce(const Jobs& jobs) {
     const auto job = jobs.at(t);
     VK_NO_UNROLL
     for (i32 k0 = 0; k0 < job.p.k; k0 += DEPTH, ++use) {
-      F::wait_empty(use);
+      ring.wait_empty(use);
       if (asks) {
         mbarrier_expect(ring.full(use), bytes);
         if (boxes_a) ask_a<F>(job, k0, use);
@@ -223,10 +218,10 @@ VK_DEVICE void consume(const Jobs& jobs) {
     for (++use; use < end; ++use) {
       multiply_stage(use);
       products_wait<1>();
-      F::ring().release(use - 1);
+      F::release(use - 1);
     }
     products_wait<0>();
-    F::ring().release(use - 1);
+    F::release(use - 1);
     write_out<F>(job, sums, row);
   }
 }

@@ -6,7 +6,7 @@
 namespace vk {
 namespace pruned {
 
-constexpr i32 BOXED_LAYERS = 14;  // of a launch: parameters hold 4 KB on every driver, and a layer's maps alone are 256 bytes
+constexpr i32 BOXED_LAYERS = 13;  // of a launch: parameters and what aligns them hold 4 KB on every driver, a layer's maps 256 bytes
 
 struct BoxedLayer {
   const float* bias;  // null: none

@@ -350,6 +350,19 @@ def test_other_widths(monkeypatch, dim):
             monkeypatch.undo()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", SOURCES)
+def test_masked_rings_come_round(monkeypatch, dim):
+    """The widest tiles that threads bring have the fewest stages: main tiles that use each of them again, and edge tiles behind."""
+    width = hopper.LIVE_WIDTHS[2][-1]
+    assert hopper.stages(dim, 2, width) >= 3
+    [program] = built((dim, *few(dim, ("bf16",), {"WIDTHS": {2: ()}, "LIVE_WIDTHS": {2: (width,)}})))
+    install(monkeypatch, {f"grid_attention_hopper_forward_{dim}_": program}, {"WIDTHS": {}, "LIVE_WIDTHS": {2: (width,)}})
+    star = vidkern.FramePattern.from_lists([list(range(7)), *([f] for f in range(1, 7))])
+    kv_len = torch.tensor([[width, width, 5, width + 9, width, 1, width]])
+    assert wrong(pattern=star, frame_len=width + 9, dim=dim, heads=(2, 1), kv_len=kv_len) < SOUND
+
+
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("dim", [pytest.param(d, marks=pytest.mark.slow) for d in SOURCES])
 def test_machine_code(dim):

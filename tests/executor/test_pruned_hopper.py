@@ -296,14 +296,14 @@ def test_what_it_does_not_serve_is_refused(launched):
 # ---- faults ------------------------------------------------------------------------------------------------------------------
 PRODUCT, BACKWARD, GROUPED = SOURCES
 FULL, EMPTY = ("mbarrier_wait(full(i), u32(i / STAGES)", "mbarrier_wait(empty(i), u32(i / STAGES + 1)")
-LAST = "    products_wait<0>();\n    F::ring().release(use - 1);\n"
+LAST = "    products_wait<0>();\n    F::release(use - 1);\n"
 FILLED = "  async_fence();\n  warp_barrier();\n"
-WHOLE = "WORKERS * (hopper::GROUP / WARP));"
+WHOLE = "BLOCKS * WORKERS * (hopper::GROUP / WARP));"
 ACROSS = "p.b, job.column + n * hopper::PANEL, p.n,\n" + " " * 44 + "[&](i32 line) { return k0 + line "
 # name -> (the source that is built with it, edits)
 FAULTS = {
     "no wait for a stage": (PRODUCT, ("    F::ring().wait_full(use);\n", "")),
-    "no wait for an empty stage": (PRODUCT, ("      F::wait_empty(use);\n", "")),
+    "no wait for an empty stage": (PRODUCT, ("      ring.wait_empty(use);\n", "")),
     "the other parity of full": (PRODUCT, (FULL, FULL.replace("STAGES", "STAGES + 1"))),
     "the other parity of empty": (BACKWARD, (EMPTY, EMPTY.replace(" + 1", ""))),
     "released before the wait": (PRODUCT, (LAST, "".join(LAST.splitlines(True)[::-1]))),
@@ -329,7 +329,8 @@ FAULTS = {
     "the first layer's start for all": (GROUPED, ("static_cast<T*>(given.out) + layer.start", "static_cast<T*>(given.out)")),
     "the first layer's weight for all": (GROUPED, ("given.weight[i], within", "given.weight[0], within")),
     "half of the right operand twice": (PRODUCT, ("i32(cluster_rank()) * (F::COLUMNS / F::BLOCKS)", "0")),
-    "empty here is empty everywhere": (PRODUCT, ("      mbarrier_wait(empty_everywhere(use), u32(use / STAGES + 1) & 1);\n", "")),
+    "empty here is empty everywhere": (PRODUCT, ("make(fills, BLOCKS * ", "make(fills, ")),
+    "released to the first block alone": (PRODUCT, ("lane_index() < u32(BLOCKS)", "lane_index() < 1")),
     "no barrier of the cluster at the beginning": (
         PRODUCT, ("  if constexpr (F::BLOCKS > 1) cluster_barrier();\n  else block_barrier();", "  block_barrier();"),
     ),

@@ -51,14 +51,13 @@ def parameters(name: str, fields: Sequence[tuple]) -> type[ctypes.Structure]:
     """The class of a kernel's parameters as the device lays them out: their size is a multiple of a tensor map's alignment.
 
     Args:
-        fields: as of ``ctypes.Structure``; tensor maps come first.
+        fields: as of ``ctypes.Structure``; tensor maps, and arrays of them, come first.
 
     Raises:
         ValueError: a tensor map stands behind something else.
     """
-    kinds = [field[1] for field in fields]
-    maps = sum(kind is TensorMap for kind in kinds)
-    if any(kind is not TensorMap for kind in kinds[:maps]):
+    are_maps = [getattr(field[1], "_type_", field[1]) is TensorMap for field in fields]
+    if not all(are_maps[: sum(are_maps)]):
         raise ValueError(f"fields: {', '.join(f[0] for f in fields)}, expected the tensor maps first")
     plain = type(name, (ctypes.Structure,), {"_fields_": list(fields)})
     short = -ctypes.sizeof(plain) % ALIGNMENT

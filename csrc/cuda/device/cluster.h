@@ -16,12 +16,13 @@ VK_DEVICE u32 cluster_rank() {
 VK_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// An arrival at the barrier that lies at b in block `rank` of the cluster.
+// An arrival at the barrier that lies at b in block `rank` of the cluster. It orders what this thread has read from shared memory, as a
+// release at the block's scope does; one at the cluster's would wait for all of its accesses to global memory.
 VK_DEVICE void mbarrier_arrive_at(Shared<u64> b, u32 rank) {
   asm volatile(
       "{\n\t.reg .b32 there;\n\t"
       "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(b.at),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(b.at),
       "r"(rank)
       : "memory");
 }

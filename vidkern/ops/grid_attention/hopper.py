@@ -22,7 +22,7 @@ NARROW = 48  # columns of an edge tile
 # Consumer warpgroups of a block -> columns of a main tile, and the same where masks on the device hide keys. Three of them have registers
 # for head dims up to 64.
 WIDTHS = {GROUPS: (64, 80, 96, 112, 128, 144, 160, 176), 3: (64, 80, 96, 112, 128)}
-LIVE_WIDTHS = {GROUPS: (96, 144)}
+LIVE_WIDTHS = {GROUPS: (96, 128)}  # three stages: a tile that threads bring is full when the next one's copies are under way
 MEMORY, ALIGN = 232448, 1024  # bytes of shared memory of a block, and those that its barriers take
 # Costs in columns of a main tile, each of two warpgroups: what a column of an edge tile is (nothing runs beside its exponentials in its
 # warpgroup), what a tile takes beside its columns, and what share three warpgroups take, which load less for each row. Assumptions until
