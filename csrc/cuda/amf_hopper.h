@@ -48,7 +48,7 @@ struct Rows {
       VK_UNROLL
       for (i32 n = 0; n < COLUMNS / 8; ++n)
         VK_UNROLL
-        for (i32 i = 0; i < 4; ++i) s[n].v[i] *= sign;
+        for (i32 i = 0; i < 4; ++i) s[n].v[i] = sign == 0 ? 0.0f : s[n].v[i] * sign;  // 0 of a product that overflows, too
     }
     if (first + COLUMNS > f.size) {
       VK_UNROLL
