@@ -20,7 +20,10 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ENVIRONMENT = dict(os.environ)  # before the first test, of which some change it for a while
+THREADS = torch.get_num_threads()
 REPORTS = "VIDKERN_TEST_REPORTS"  # in a run of a module apart: the file that its reports go to
 APART = ("executor",)  # folders of tests that compute for minutes on one thread
 _running: set[subprocess.Popen] = set()
@@ -93,7 +96,8 @@ class Beside:
             folder = Path(self._folder.name, module.__name__)
             folder.mkdir()
             self._calls |= {(module.__name__, name): call for name, call in module.beside(chosen[module], folder).items()}
-        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
+        self._workers = max(1, (os.cpu_count() or 1) - 1)
+        self._pool = ThreadPoolExecutor(self._workers)
         # Not the module that comes first, nor in a run that is apart itself.
         modules = [] if REPORTS in ENVIRONMENT else [*chosen][:0:-1]
         self._apart = {}
@@ -101,6 +105,20 @@ class Beside:
             nodeids = [item.nodeid for item in chosen[module]]
             self._apart[module] = self._pool.submit(_run_apart, nodeids, root, Path(self._folder.name, f"{i}.reports"))
         self._results = {key: self._pool.submit(call) for key, call in self._calls.items()}
+
+    def share(self):
+        """Before a test, which leaves their processors to what runs beside it: where one of a product's threads shares its processor, the
+        others wait for it, and a training takes ten times as long."""
+        busy = any(not work.done() for work in (*self._apart.values(), *self._results.values()))
+        threads = max(1, THREADS - self._workers) if busy else THREADS
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if busy:
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+        elif "OMP_NUM_THREADS" in ENVIRONMENT:
+            os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"]
+        else:
+            os.environ.pop("OMP_NUM_THREADS", None)
 
     def result(self, module: str, name):
         key = module, name

@@ -127,6 +127,7 @@ def pytest_runtest_protocol(item, nextitem):
     config = item.config
     reports = config.stash[BESIDE].reports(item)
     if reports is None:
+        config.stash[BESIDE].share()
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for data in reports:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 import beside as subject
 
@@ -154,3 +155,24 @@ def test_modules_run_apart(tmp_path):
     assert done.returncode == 1 and "said by it" in done.stdout, done.stdout + done.stderr
     wanted = ("1 failed", "5 passed", "1 skipped", "1 deselected", "1 xfailed")
     assert all(part in done.stdout.splitlines()[-1] for part in wanted), done.stdout
+
+
+def test_other_processors_are_left_alone(work, monkeypatch):
+    """In this process and in those that a test starts, as long as there is work."""
+    monkeypatch.setattr(subject, "THREADS", 3)
+    monkeypatch.setitem(subject.ENVIRONMENT, "OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    before, gate = torch.get_num_threads(), threading.Event()
+    try:
+        begun = work(one=lambda: gate.wait(60))
+        begun.share()
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (2, "2")
+        gate.set()
+        assert begun.result("some_module", "one")
+        begun.share()
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (3, "3")
+        monkeypatch.delitem(subject.ENVIRONMENT, "OMP_NUM_THREADS")
+        begun.share()
+        assert "OMP_NUM_THREADS" not in os.environ
+    finally:
+        torch.set_num_threads(before)
