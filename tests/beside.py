@@ -87,6 +87,7 @@ class Beside:
 
     def __init__(self, items, root=None):
         signal.signal(signal.SIGTERM, _terminated)
+        self._shares = False
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._calls = {}
         chosen = {}
@@ -110,9 +111,10 @@ class Beside:
         """Before a test, which leaves their processors to what runs beside it: where one of a product's threads shares its processor, the
         others wait for it, and a training takes ten times as long."""
         busy = any(not work.done() for work in (*self._apart.values(), *self._results.values()))
-        threads = max(1, THREADS - self._workers) if busy else THREADS
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        if busy == self._shares:
+            return
+        self._shares, threads = busy, max(1, THREADS - self._workers) if busy else THREADS
+        torch.set_num_threads(threads)
         if busy:
             os.environ["OMP_NUM_THREADS"] = str(threads)
         elif "OMP_NUM_THREADS" in ENVIRONMENT:
