@@ -57,13 +57,13 @@ QUICK = ("cross_token_major", "gqa", "mqa_blhd", "one_frame", "text_back_len", "
 
 
 def cases():
-    """The quick ones in one dtype, in the other one and all others, in one, in the slow run."""
+    """The quick ones in one dtype, in the other one and all others, two of them in both, in the slow run."""
     for i, sample in enumerate(SAMPLES):
         dtypes = [torch.bfloat16, torch.float16]
         if i % 2 or sample.name == "text_front":  # it draws a dS in the middle between two values of float16
             dtypes.reverse()
         quick = sample.name in QUICK
-        for n, dtype in enumerate(dtypes if quick else dtypes[:1]):
+        for n, dtype in enumerate(dtypes if quick or sample.name in ("causal_anchor", "part_view") else dtypes[:1]):
             marks = [pytest.mark.slow] * (n > 0 or not quick)
             yield pytest.param(sample, dtype, id=f"{sample.name}-{str(dtype)[6:]}", marks=marks)
 

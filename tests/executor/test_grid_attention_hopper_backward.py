@@ -21,9 +21,8 @@ FORWARD, DELTA = CSRC / "cuda" / "grid_attention.cu", CSRC / "cuda" / "grid_atte
 SOURCES = {dim: CSRC / "cuda" / f"grid_attention_hopper_backward_{dim}.cu" for dim in (64, 96, 128)}
 # Two take minutes here.
 SAMPLES = [s for s in rooms.room("grid_attention").samples if s.dim <= 128 and s.name not in ("one_token_frames", "demo")]
-# Of the others the slow run takes those that differ in what the backward does.
-SLOW = ("gqa", "causal_anchor", "text_back_len", "dim_128")
 QUICK = ("one_frame", "text_front", "frames_masked", "dim_8")
+OTHERS = tuple(s.name for s in SAMPLES if s.name not in QUICK)  # in the slow run
 KERNELS = [(part, dim, width) for (part, dim), widths in hopper_backward.WIDTHS.items() for width in widths]
 
 
@@ -80,7 +79,7 @@ def test_accuracy(executed, sample, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sample, dtype", list(named(SLOW)))
+@pytest.mark.parametrize("sample, dtype", list(named(OTHERS)))
 def test_accuracy_of_others(programs, monkeypatch, sample, dtype):
     install(monkeypatch, programs)
     check(sample, dtype)
