@@ -26,7 +26,8 @@ ENVIRONMENT = dict(os.environ)  # before the first test, of which some change it
 THREADS = torch.get_num_threads()
 REPORTS = "VIDKERN_TEST_REPORTS"  # in a run of a module apart: the file that its reports go to
 APART = ("executor",)  # folders of tests that compute for minutes on one thread
-_running: set[subprocess.Popen] = set()
+_running: dict[subprocess.Popen, "Beside | None"] = {}  # whose work it is; None of what the tests' own thread waits for
+_thread = threading.local()
 
 
 @contextlib.contextmanager
@@ -37,14 +38,14 @@ def started(command, *, env=None, **options):
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     alone = {"start_new_session": True, "env": ENVIRONMENT if env is None else env}
     with subprocess.Popen([*polite, *map(str, command)], **(pipes | alone | options)) as child:
-        _running.add(child)
+        _running[child] = getattr(_thread, "works_for", None)
         try:
             yield child
         except BaseException:
             _kill(child)
             raise
         finally:
-            _running.discard(child)
+            del _running[child]
 
 
 def process(command, **options) -> subprocess.CompletedProcess:
@@ -98,7 +99,7 @@ class Beside:
             folder.mkdir()
             self._calls |= {(module.__name__, name): call for name, call in module.beside(chosen[module], folder).items()}
         self._workers = max(1, (os.cpu_count() or 1) - 1)
-        self._pool = ThreadPoolExecutor(self._workers)
+        self._pool = ThreadPoolExecutor(self._workers, initializer=setattr, initargs=(_thread, "works_for", self))
         # Not the module that comes first, nor in a run that is apart itself.
         modules = [] if REPORTS in ENVIRONMENT else [*chosen][:0:-1]
         self._apart = {}
@@ -139,9 +140,10 @@ class Beside:
         return None if future is None or future.cancel() or future.exception() else future.result().get(item.nodeid)
 
     def end(self):
-        """Nothing is begun any more, and what runs is ended."""
+        """Nothing is begun any more, and what runs is ended: of this one's work, for the tests of this module have others."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for child in list(_running):
-            _kill(child)
+        for child, owner in list(_running.items()):
+            if owner is self:
+                _kill(child)
         self._pool.shutdown()
         self._folder.cleanup()

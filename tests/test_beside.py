@@ -76,6 +76,21 @@ def test_nothing_outlives_the_run(work, tmp_path):
     assert not (tmp_path / "never").exists() and not os.path.exists(begun._folder.name)
 
 
+def test_work_of_another_run_goes_on(work, tmp_path):
+    """As that of the tests' own run does, whichever of them these tests here come beside."""
+    waits = f"""import pathlib, time
+pathlib.Path({str(tmp_path / "up")!r}).touch()
+while not pathlib.Path({str(tmp_path / "gate")!r}).exists(): time.sleep(0.01)"""
+    other, own = work(waits=lambda: subject.process([sys.executable, "-c", waits])), work(good=lambda: 3)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.01)
+    with subject.started([sys.executable, "-c", waits]) as here:
+        own.end()
+        (tmp_path / "gate").touch()
+        assert here.wait(60) == 0
+    assert other.result("some_module", "waits").returncode == 0
+
+
 ENDED = """
 import sys, threading, time, types
 sys.path.insert(0, {tests!r})
