@@ -1,12 +1,14 @@
-"""Stage ``sweep``: every configuration of the Triton kernels on shapes that stand for the real ones.
+"""Stage ``sweep``: every configuration of the kernels for compute capability 9.0 and of the Triton kernels on shapes that stand for the
+real ones.
 
-Compiling is most of the work, so several processes first fill Triton's cache with a kernel's configurations; then this process
+Compiling is most of the work of Triton's, so several processes first fill its cache with a kernel's configurations; then this process
 times them one after the other, each from the cache.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -53,13 +55,41 @@ class DryConfigs:
         yield
 
 
-def tables(dry: bool):
-    """The module of configurations; a stand-in for a dry run."""
-    if dry:
+class HopperConfigs:
+    """The same of ``vidkern.ops.grid_attention.hopper`` and its backward, whose kernels are there once they are built."""
+
+    @staticmethod
+    def candidates(kind, dim, itemsize, shared):
+        from vidkern.ops.grid_attention import hopper, hopper_backward
+
+        return hopper.candidates(dim) if kind == "forward" else hopper_backward.candidates(kind, dim)
+
+    @staticmethod
+    def forced(kind, config) -> contextlib.AbstractContextManager:
+        from vidkern.ops.grid_attention import hopper
+
+        return hopper.forced(kind, config)
+
+
+def tables(backend: str):
+    """What has a backend's configurations; of one without, a stand-in for a dry run."""
+    if backend == "hopper":
+        return HopperConfigs
+    if backend != "triton":
         return DryConfigs
     from vidkern.ops.grid_attention import configs
 
     return configs
+
+
+def backends(job: Job, problem: Problem) -> list[str]:
+    """Those of ours that serve the problem and have something to try; for a dry run the best, as a stand-in."""
+    found = gpu_time.our_backends(problem)
+    return found[:1] if job.dry else [n for n in found if n in ("hopper", "triton")]
+
+
+def file_of(name: str, kind: str, backend: str) -> str:
+    return f"sweep/{name}-{kind}-{backend}"
 
 
 def shape_of(name: str, dry: bool) -> GridShape:
@@ -92,7 +122,7 @@ def key_of(config) -> str:
 # ---- compiling ahead --------------------------------------------------------------------------------------------------
 def warm(name: str, kind: str, backend: str, part: int, parts: int) -> None:
     """Run this process's share of the configurations once, so that Triton's cache holds them."""
-    configs, problem = tables(False), suite_of.problem(shape_of(name, False), DTYPES[gpu_time.DTYPE], "cuda")
+    configs, problem = tables(backend), suite_of.problem(shape_of(name, False), DTYPES[gpu_time.DTYPE], "cuda")
     call = runner(problem, kind, backend)
     todo = configs.candidates(kind, problem.shape.head_dim, problem.dtype.itemsize, shared_memory("cuda"))
     for config in todo[part::parts]:
@@ -138,73 +168,74 @@ def measure(call: Callable, config, kind: str, right: tuple, configs, timer) -> 
 
 def run(job: Job, shapes, tick: Callable[[str], None], say: Callable[[str], None] = print) -> dict:
     """Every configuration of every kernel on every shape; each row is on disk as soon as it is measured."""
-    configs, timer = tables(job.dry), gpu_time.timer_for(job.device)
+    tried = []
     for name in shapes:
         problem = suite_of.problem(shape_of(name, job.dry), DTYPES[gpu_time.DTYPE], job.device)
-        backend = "triton" if not job.dry else gpu_time.our_backends(problem)[0]
-        for kind in KINDS:
-            file = f"sweep/{name}-{kind}"
-            known = {r["key"] for r in job.rows(file)}
-            todo = configs.candidates(kind, problem.shape.head_dim, problem.dtype.itemsize, shared_memory(job.device))
-            if job.quick:
-                todo = todo[:: max(1, len(todo) // 16)]
-            todo = [c for c in todo if key_of(c) not in known]
-            if not todo:
-                continue
-            job.need(0.05 if job.dry else 60)
-            call = runner(problem, kind, backend)
-            right = tuple(x.clone() for x in call())
-            if job.device == "cuda":
-                tick(f"{name} {kind}: compiling {len(todo)}")
-                say(f"sweep {name} {kind}: {len(todo)} configurations compiled in {_warm_all(job, name, kind, backend):.0f} s")
-            for config in todo:
-                tick(f"{name} {kind} {tuple(asdict(config).values())}")
-                job.need(0.05 if job.dry else 15)
-                job.append(file, measure(call, config, kind, right, configs, timer))
-    best = job.save("sweep", summary(job, shapes))
+        for backend, kind in itertools.product(backends(job, problem), KINDS):
+            _one(job, name, problem, kind, backend, tick, say)
+            tried.append((backend, kind, name))
+    best = job.save("sweep", summary(job, tried))
     say(render(best))
     return best
 
 
+def _one(job: Job, name: str, problem: Problem, kind: str, backend: str, tick: Callable, say: Callable) -> None:
+    """What is not there yet of one kernel on one shape."""
+    configs, file = tables(backend), file_of(name, kind, backend)
+    known = {r["key"] for r in job.rows(file)}
+    todo = configs.candidates(kind, problem.shape.head_dim, problem.dtype.itemsize, shared_memory(job.device))
+    if job.quick:
+        todo = todo[:: max(1, len(todo) // 16)]
+    todo = [c for c in todo if key_of(c) not in known]
+    if not todo:
+        return
+    job.need(0.05 if job.dry else 60)
+    call = runner(problem, kind, backend)
+    right = tuple(x.clone() for x in call())
+    if backend == "triton":
+        tick(f"{name} {kind}: compiling {len(todo)}")
+        say(f"sweep {name} {kind}: {len(todo)} configurations compiled in {_warm_all(job, name, kind, backend):.0f} s")
+    for config in todo:
+        tick(f"{name} {kind} {backend} {tuple(asdict(config).values())}")
+        job.need(0.05 if job.dry else 15)
+        job.append(file, measure(call, config, kind, right, configs, gpu_time.timer_for(job.device)))
+
+
 # ---- the answer -------------------------------------------------------------------------------------------------------
-def summary(job: Job, shapes) -> dict:
-    """Per kernel and head dim the best configurations: of each shape, and of all shapes of that head dim together.
+def summary(job: Job, tried) -> dict:
+    """Of (backend, kernel, shape), per backend, kernel and head dim the best configurations: of each shape, and of all shapes of that head dim together.
 
     ``rate`` is a configuration's speed over the best one's, the geometric mean over the shapes.
     """
     found: dict = {}
-    for name in shapes:
-        dim = str(shape_of(name, job.dry).head_dim)
-        for kind in KINDS:
-            rows = [r for r in job.rows(f"sweep/{name}-{kind}") if r["status"] == "timed"]
-            if rows:
-                found.setdefault(kind, {}).setdefault(dim, {})[name] = sorted(rows, key=lambda r: r["ms"])
-    best: dict = {}
-    for kind, dims in found.items():
-        for dim, by_shape in dims.items():
-            times = {name: {r["key"]: r["ms"] for r in rows} for name, rows in by_shape.items()}
-            least = {name: min(t.values()) for name, t in times.items()}
-            shared = set.intersection(*(set(t) for t in times.values()))
-            rates = {k: math.exp(sum(math.log(least[n] / t[k]) for n, t in times.items()) / len(times)) for k in shared}
-            ranked = sorted(rates, key=rates.get, reverse=True)[:6]
-            best.setdefault(kind, {})[dim] = {
-                "together": [{**json.loads(k), "rate": round(rates[k], 3)} for k in ranked],
-                **{n: [{**json.loads(r["key"]), "ms": round(r["ms"], 4)} for r in rows[:4]] for n, rows in by_shape.items()},
-            }
     counts = {"timed": 0, "failed": 0, "wrong": 0}
-    for name in shapes:
-        for kind in KINDS:
-            for row in job.rows(f"sweep/{name}-{kind}"):
-                counts[row["status"]] += 1
+    for backend, kind, name in tried:
+        rows = job.rows(file_of(name, kind, backend))
+        for row in rows:
+            counts[row["status"]] += 1
+        if timed := sorted((r for r in rows if r["status"] == "timed"), key=lambda r: r["ms"]):
+            found.setdefault((backend, kind, str(shape_of(name, job.dry).head_dim)), {})[name] = timed
+    best: dict = {}
+    for (backend, kind, dim), by_shape in found.items():
+        times = {name: {r["key"]: r["ms"] for r in rows} for name, rows in by_shape.items()}
+        least = {name: min(t.values()) for name, t in times.items()}
+        shared = set.intersection(*(set(t) for t in times.values()))
+        rates = {k: math.exp(sum(math.log(least[n] / t[k]) for n, t in times.items()) / len(times)) for k in shared}
+        ranked = sorted(rates, key=rates.get, reverse=True)[:6]
+        best.setdefault(backend, {}).setdefault(kind, {})[dim] = {
+            "together": [{**json.loads(k), "rate": round(rates[k], 3)} for k in ranked],
+            **{n: [{**json.loads(r["key"]), "ms": round(r["ms"], 4)} for r in rows[:4]] for n, rows in by_shape.items()},
+        }
     return {"dtype": gpu_time.DTYPE, "heads": HEADS, "best": best, "counts": counts}
 
 
 def render(best: dict) -> str:
     lines = [f"sweep: {', '.join(f'{n} {state}' for state, n in best['counts'].items())}"]
-    for kind, dims in best["best"].items():
-        for dim, found in dims.items():
-            top = "; ".join(f"{tuple(v for k, v in c.items() if k != 'rate')} {c['rate']:.2f}" for c in found["together"][:4])
-            lines.append(f"  {kind:<8} D {dim:<4} {top}")
+    for backend, kinds in best["best"].items():
+        for kind, dims in kinds.items():
+            for dim, found in dims.items():
+                top = "; ".join(f"{tuple(v for k, v in c.items() if k != 'rate')} {c['rate']:.2f}" for c in found["together"][:4])
+                lines.append(f"  {backend:<7} {kind:<8} D {dim:<4} {top}")
     return "\n".join(lines)
 
 

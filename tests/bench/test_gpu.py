@@ -62,7 +62,7 @@ def test_dry_run_walks_through_every_stage(tmp_path, capsys, monkeypatch):
         assert ("vidkern cpu, with lse" in rows) == (block["mode"] == "fwd") != ("vidkern cpu, deterministic" in rows)
         assert rows["dense SDPA"]["useful_tflops"] < rows["dense SDPA"]["tflops"]
     assert report["time"][1]["new_grid"]["later_ms"] > 0
-    together = report["sweep"]["best"]["dkv"]["16"]["together"]
+    together = report["sweep"]["best"]["cpu"]["dkv"]["16"]["together"]
     assert report["sweep"]["counts"] == {"timed": 12, "failed": 0, "wrong": 0} and {"block_m", "block_n", "rate"} <= set(together[0])
     with open(folder / "grid_attention-gpu.csv", newline="") as file:
         found = list(csv.DictReader(file))
@@ -132,7 +132,7 @@ def test_a_sweep_goes_on_after_a_cut_and_a_torn_line(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_sweep, "measure", cut)
     with pytest.raises(KeyboardInterrupt):
         gpu_sweep.run(job(tmp_path), ["A"], nothing, nothing)
-    path = tmp_path / "gpu" / "sweep" / "A-dq.jsonl"
+    path = tmp_path / "gpu" / "sweep" / "A-dq-cpu.jsonl"
     path.write_text(path.read_text() + '{"config": {"block_m"')
     count.clear()
     monkeypatch.setattr(gpu_sweep, "measure", lambda *args: count.append(1) or real(*args))
@@ -282,12 +282,26 @@ def test_a_sweep_rejects_what_is_wrong_or_fails():
     assert nan["status"] == "wrong"
 
 
-def test_the_sweep_fits_the_tables_of_triton():
-    configs = gpu_sweep.tables(False)
-    found = configs.candidates("forward", 128, 2, 227 << 10)
-    assert set(gpu_sweep.KINDS) == set(configs.KINDS) and len({gpu_sweep.key_of(c) for c in found}) == len(found) > 8
-    with configs.forced("dq", found[0]):
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+@pytest.mark.parametrize("kind", gpu_sweep.KINDS)
+def test_the_sweep_fits_the_tables(backend, kind):
+    configs = gpu_sweep.tables(backend)
+    found = configs.candidates(kind, 128, 2, 227 << 10)
+    assert len({gpu_sweep.key_of(c) for c in found}) == len(found) > 1
+    with configs.forced(kind, found[0]):
         pass
+
+
+def test_both_kinds_of_kernels_are_swept(tmp_path, monkeypatch):
+    """What would run on a GPU that Hopper's kernels serve, by stand-ins for the GPU and its clock."""
+    monkeypatch.setattr(gpu_time, "our_backends", lambda problem: ["hopper", "cuda", "triton"])
+    monkeypatch.setattr(gpu_sweep, "shape_of", lambda name, dry: gpu_time.tiny(GRID[name]))
+    monkeypatch.setattr(gpu_sweep, "runner", lambda problem, kind, backend: lambda: (torch.ones(1),))
+    monkeypatch.setattr(gpu_sweep, "_warm_all", lambda *args: 0.0)
+    monkeypatch.setattr(gpu_time, "timer_for", lambda device: lambda call, calls: 1e-3)
+    best = gpu_sweep.run(job(tmp_path, dry=False, quick=True), ["C", "F"], nothing, nothing)["best"]
+    assert set(best) == {"hopper", "triton"} and all(set(kinds) == set(gpu_sweep.KINDS) for kinds in best.values())
+    assert {(c["block_n"], c["groups"]) for c in best["hopper"]["dq"]["16"]["together"]} == {(96, 2), (48, 2)}
 
 
 def test_kernels_are_compiled_ahead_by_shares_that_cover_every_case():

@@ -174,8 +174,9 @@ def test_products_are_those_of_the_plan(programs, monkeypatch, groups, heads):
     """The work done is the work counted, of each warpgroup: all main tiles, and the edge tiles that one of its rows sees."""
     counted = []
     width = FEW["WIDTHS"][groups][0]
-    install(monkeypatch, programs, {"WIDTHS": {groups: (width,)}}, counted)
-    assert wrong(frames=(3, 2), frame_len=70, dim=64, heads=heads) < 0.01
+    install(monkeypatch, programs, {"WIDTHS": FEW["WIDTHS"]}, counted)
+    with hopper.forced("forward", hopper.Config(width, groups)):
+        assert wrong(frames=(3, 2), frame_len=70, dim=64, heads=heads) < 0.01
     tiles = Tiling(64 * groups // heads[0], width, 48, True)
     tables = plan(Shape(vidkern.GridPattern(3, 2).key, 70, 0, False, False), tiles, torch.device("cpu"))
     expected = 0
@@ -216,6 +217,16 @@ def test_three_warpgroups_where_they_fit():
     assert hopper.choose(shape, 64) == (Tiling(192, 96, 48, True), 3, 1)
     assert hopper.choose(shape, 96).groups == hopper.choose(shape, 64, live=True).groups == 2
     assert hopper.choose(shape, 64, 3).together == 3
+
+
+def test_a_sweep_has_its_way():
+    shape = Shape(vidkern.GridPattern(4, 4).key, 576, 0, False, False)
+    for dim, config in [(d, c) for d in SOURCES for c in hopper.candidates(d)]:
+        chosen = hopper.choose(shape, dim, forced=config)
+        assert (chosen.tiles.block_n, chosen.groups) == (config.block_n, config.groups)
+    for words in ({"dim": 128, "forced": hopper.Config(80, 3)}, {"dim": 64, "live": True, "forced": hopper.Config(80)}):
+        with pytest.raises(ValueError, match="forced: Config.block_n=80, groups=.., which no kernel of head dim"):
+            hopper.choose(shape, **words)
 
 
 def test_nothing_else_is_cheaper():

@@ -1,6 +1,7 @@
 """The backward of grid attention for compute capability 9.0, executed: the accuracy rule, hidden and visible NaN, its work, the same bits
 under every schedule, and seeded faults that must be told; and how its tiles are chosen."""
 
+import contextlib
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import torch
 import vidkern
 from vidkern import registry
 from vidkern.ops import grid_attention as op
-from vidkern.ops.grid_attention import cuda, hopper_backward
+from vidkern.ops.grid_attention import cuda, hopper, hopper_backward
 from vidkern.ops.grid_attention.plan import Shape, Tiling, plan, work
 from vidkern.verify import accuracy, rooms
 
@@ -127,22 +128,19 @@ PROBLEMS = (
 SOUND = 0.012  # what sound kernels stay below in all of them
 
 
-def of_width(monkeypatch, part: str, dim: int, width: int):
-    """The width is no longer chosen."""
-    hopper_backward.tiling.cache_clear()
-    monkeypatch.setitem(hopper_backward.WIDTHS, (part, dim), (width,))
-
-
-@pytest.fixture(autouse=True)
-def chosen_anew():
-    yield
-    hopper_backward.tiling.cache_clear()
+@contextlib.contextmanager
+def of_widths(**widths):
+    """Of each part, the width, which is then not chosen."""
+    with contextlib.ExitStack() as stack:
+        for part, width in widths.items():
+            stack.enter_context(hopper.forced(part, hopper.Config(width)))
+        yield
 
 
 @pytest.fixture
-def narrowest(monkeypatch):
-    for part in ("dq", "dkv"):
-        of_width(monkeypatch, part, 64, 48)
+def narrowest():
+    with of_widths(dq=48, dkv=48):
+        yield
 
 
 @pytest.mark.parametrize("i", range(len(PROBLEMS)))
@@ -163,11 +161,9 @@ def test_every_kernel(programs, monkeypatch, dim, widest, dtype):
     """Main tiles, what is left of them, and masks; head dims that fill the kernel's and that do not."""
     counted, widths = [], {part: hopper_backward.WIDTHS[part, dim][widest] for part in ("dq", "dkv")}
     install(monkeypatch, programs, counted)
-    for part, width in widths.items():
-        of_width(monkeypatch, part, dim, width)
     for problem in ({"dim": dim}, {"dim": dim - 8, **LIVE}):
         problem |= {"grid": (1, 3), "frame_len": 70}
-        with accuracy.poisoned():
+        with accuracy.poisoned(), of_widths(**widths):
             ours = attend("hopper-executed", dtype, **problem)
         assert wrong(ours, attend("reference", dtype, **problem)) < (SOUND if dtype is torch.bfloat16 else SOUND / 8)
     short = "bf16" if dtype is torch.bfloat16 else "f16"
@@ -384,6 +380,9 @@ def test_the_width_is_that_of_least_work():
             tiles = hopper_backward.tiling(shape, part, dim)
             assert tiles == Tiling(128, expected or max(widths), expected or max(widths), True)
     shape = Shape(vidkern.GridPattern(8, 8).key, 144, 0, False, True)
+    assert hopper_backward.tiling(shape, "dkv", 128, hopper.Config(64)) == Tiling(128, 64, 64, True)
+    with pytest.raises(ValueError, match="forced: Config.block_n=96, groups=2., which no kernel dkv of head dim 128 has"):
+        hopper_backward.tiling(shape, "dkv", 128, hopper.Config(96))
     exactly, wide = (work(shape, Tiling(128, width, width, True)) for width in (48, 64))
     assert exactly.main + exactly.edge < wide.main + wide.edge
 

@@ -110,13 +110,13 @@ def test_the_choice_follows_the_work():
 def test_forced_configurations_end_with_the_block():
     shape = Shape(GridPattern(2, 2).key, 16, 0, True, False)
     odd, other = configs.Config(16, 16, 16, 1, 1), configs.Config(32, 16, 16, 1, 1)
-    assert configs.forced_for("forward") is None
+    assert configs.forced.get("forward") is None
     with configs.forced("forward", odd):
-        assert configs.forced_for("forward") == odd and configs.forced_for("dq") is None
+        assert configs.forced.get("forward") == odd and configs.forced.get("dq") is None
         with configs.forced("forward", other):
-            assert configs.forced_for("forward") == other
-        assert configs.forced_for("forward") == odd
-    assert configs.forced_for("forward") is None
+            assert configs.forced.get("forward") == other
+        assert configs.forced.get("forward") == odd
+    assert configs.forced.get("forward") is None
     assert configs.choose("forward", 64, 2, "ampere", shape, odd)[0] == odd
     with pytest.raises(ValueError, match="kind: 'sideways', expected one of"):
         with configs.forced("sideways", odd):

@@ -6,10 +6,10 @@ tiles fills the GPU's last wave best; there is no autotuning at run time. The ra
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
+
+from ..forcing import Forced
 
 # "held": forward with all of q's channels in place; "wide": forward over chunks of channels; "vote"; "dq", "dk": backward of one head per
 # group; "slope", "dq_product", "dk_product": backward through the slab.
@@ -97,7 +97,7 @@ _TABLE: dict[tuple[str, int], dict[int, dict[str, tuple[Config, ...]]]] = {
     ("dq_product", 4): {0: {"any": (C(64, 64, 16, 8, 2, registers=128), C(32, 64, 16, 4, 2, 0.9))}},
     ("dk_product", 4): {0: {"any": (C(64, 64, 16, 8, 2), C(32, 64, 16, 4, 2, 0.9))}},
 }
-_forced: dict[str, Config] = {}
+forced = Forced(KINDS)  # for sweeps and tests
 
 
 def padded_dim(dim: int) -> int:
@@ -130,27 +130,12 @@ def shipped(kind: str, itemsize: int, dim: int, family: str, lean: bool = True, 
     return found if even else found[-1:]
 
 
-@contextlib.contextmanager
-def forced(kind: str, config: Config) -> Iterator[None]:
-    """Run kernel ``kind`` with ``config`` whatever the table says: for sweeps and tests."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: {kind!r}, expected one of {KINDS}")
-    before = _forced.get(kind)
-    _forced[kind] = config
-    try:
-        yield
-    finally:
-        _forced.pop(kind)
-        if before is not None:
-            _forced[kind] = before
-
-
 def choose(
     kind: str, itemsize: int, dim: int, family: str, rows: int, columns: int, times: int, processors: int, lean: bool = True, even: bool = True
 ) -> Config:
     """The configuration that is done soonest with ``times`` maps of rows x columns, of which a program takes block_m rows and, in kernels of
     single tiles, block_n columns: whole waves over ``rate``."""
-    return _forced.get(kind) or _choose(shipped(kind, itemsize, dim, family, lean, even), kind in _TILED, rows, columns, times, processors)
+    return forced.get(kind) or _choose(shipped(kind, itemsize, dim, family, lean, even), kind in _TILED, rows, columns, times, processors)
 
 
 @functools.lru_cache(maxsize=4096)

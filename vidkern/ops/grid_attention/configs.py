@@ -8,12 +8,11 @@ no block divides pick the blocks that waste least.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..forcing import Forced
 from . import plan
 
 KINDS = ("forward", "dq", "dkv")
@@ -114,7 +113,7 @@ _TABLE: dict[tuple[str, int], dict[int, dict[str, tuple[Config, ...]]]] = {
         256: {"any": (C(16, 16, 16, 8, 1),)},
     },
 }
-_forced: dict[str, Config] = {}
+forced = Forced(KINDS)  # for sweeps and tests
 
 
 def padded_dim(dim: int) -> int:
@@ -144,21 +143,6 @@ def shipped(kind: str, dim: int, itemsize: int, family: str) -> tuple[Config, ..
     return row.get(family, row["any"])
 
 
-@contextlib.contextmanager
-def forced(kind: str, config: Config) -> Iterator[None]:
-    """Run kernel ``kind`` with ``config`` whatever the table says: for sweeps and tests."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: {kind!r}, expected one of {KINDS}")
-    before = _forced.get(kind)
-    _forced[kind] = config
-    try:
-        yield
-    finally:
-        _forced.pop(kind)
-        if before is not None:
-            _forced[kind] = before
-
-
 def candidates(kind: str, dim: int, itemsize: int, shared: int) -> list[Config]:
     """What a sweep tries: every combination whose tiles can fit ``shared`` bytes of shared memory."""
     width = padded_dim(dim) * itemsize
@@ -168,11 +152,6 @@ def candidates(kind: str, dim: int, itemsize: int, shared: int) -> list[Config]:
         if edge <= n and (held + 2 * n * stages) * width <= shared and m * padded_dim(dim) // (32 * warps) <= 128:
             found.append(Config(m, n, edge, warps, stages))
     return found
-
-
-def forced_for(kind: str) -> Config | None:
-    """What :func:`forced` says for a kernel at this moment."""
-    return _forced.get(kind)
 
 
 def choose(

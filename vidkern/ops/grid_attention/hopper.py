@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from ...cuda.tensor_map import PANEL, TensorMap, parameters
+from ..forcing import Forced
 from .cuda import _LOG2E, _NAMES, Strides, _addresses, _live, _strides, why_not
 from .plan import Shape, Tiling, plan, work
 
-__all__ = ["SOURCES", "choose", "forward", "why_not"]
+__all__ = ["Config", "SOURCES", "candidates", "choose", "forced", "forward", "why_not"]
 
 # Source below csrc/cuda -> what the names of its kernels begin with.
 SOURCES = {f"grid_attention_hopper_{dim}": (f"grid_attention_hopper_forward_{dim}_",) for dim in (64, 96, 128)}
@@ -67,15 +69,35 @@ class Choice(NamedTuple):
     together: int
 
 
+@dataclass(frozen=True)
+class Config:
+    """What a sweep tries: columns of a main tile, and consumer warpgroups of 64 rows."""
+
+    block_n: int
+    groups: int = GROUPS
+
+
+forced = Forced(("forward", "dq", "dkv"))  # for sweeps and tests; the backward's too
+
+
+def candidates(head_dim: int, live: bool = False) -> list[Config]:
+    """What a sweep tries of the forward, the widest tiles first. ``live``: where masks on the device hide keys."""
+    found = (LIVE_WIDTHS if live else WIDTHS).items()
+    return [Config(n, groups) for groups, widths in found if groups == GROUPS or head_dim <= 64 for n in reversed(widths)]
+
+
 @functools.lru_cache(maxsize=256)
-def choose(shape: Shape, dim: int, group: int = 1, live: bool = False) -> Choice:
-    """What costs least, and of equals the widest.
+def choose(shape: Shape, dim: int, group: int = 1, live: bool = False, forced: Config | None = None) -> Choice:
+    """What costs least, and of equals the widest; of ``forced``, where given.
 
     Args:
         shape: what the plan is made for.
         dim: of the kernels, :func:`padded`.
         group: query heads that share a key head.
         live: whether masks on the device hide keys.
+
+    Raises:
+        ValueError: there are no kernels of ``forced``.
     """
 
     def cost(choice: Choice) -> float:
@@ -84,10 +106,13 @@ def choose(shape: Shape, dim: int, group: int = 1, live: bool = False) -> Choice
         return columns * SHARES[choice.groups]
 
     choices = []
-    for groups, widths in (LIVE_WIDTHS if live else WIDTHS).items():
-        if groups == GROUPS or dim == 64:
-            together = groups if group % groups == 0 else 1
-            choices += [Choice(Tiling(SHARE * groups // together, n, NARROW, True), groups, together) for n in reversed(widths)]
+    for config in candidates(dim, live):
+        if forced in (None, config):
+            together = config.groups if group % config.groups == 0 else 1
+            tiles = Tiling(SHARE * config.groups // together, config.block_n, NARROW, True)
+            choices.append(Choice(tiles, config.groups, together))
+    if not choices:
+        raise ValueError(f"forced: {forced}, which no kernel of head dim {dim}{' with masks on the device' * live} has")
     return min(choices, key=cost)
 
 
@@ -121,7 +146,7 @@ def forward(q, k, v, valid, kv_len, text_len, *, pattern, frame_len, n_text, tex
     live, live_step = _live(q, valid, kv_len, text_len, pattern.n_frames, frame_len, n_text, text_front)
     shape = Shape(pattern.key, frame_len, n_text, text_front and n_text > 0, False)
     dim = padded(q.shape[3])
-    tiles, groups, together = choose(shape, dim, group, live is not None)
+    tiles, groups, together = choose(shape, dim, group, live is not None, forced.get("forward"))
     tables = _tables(shape, tiles, q.device)
     width = tiles.block_n
     given = Forward(

@@ -9,10 +9,10 @@ import torch
 
 from ...cuda.tensor_map import PANEL, TensorMap, parameters
 from .cuda import _NAMES, Delta, Strides, _addresses, _live, _strides, why_not
-from .hopper import ALIGN, GROUPS, MEMORY, SHARE, THREADS, _map, _mappable, padded
+from .hopper import ALIGN, GROUPS, MEMORY, SHARE, THREADS, Config, _map, _mappable, forced, padded
 from .plan import Shape, Tiling, plan, work
 
-__all__ = ["SOURCES", "backward", "tiling", "why_not"]
+__all__ = ["SOURCES", "backward", "candidates", "tiling", "why_not"]
 
 # Source below csrc/cuda -> what the names of its kernels begin with. Delta's kernel is that of the other GPUs.
 SOURCES = {
@@ -47,15 +47,27 @@ def shared_bytes(dim: int, width: int) -> int:
     return own + min(4, (MEMORY - own) // stage) * stage
 
 
+def candidates(part: str, head_dim: int) -> list[Config]:
+    """What a sweep tries of "dq" or "dkv", the widest tiles first."""
+    return [Config(width) for width in reversed(WIDTHS[part, padded(head_dim)])]
+
+
 @functools.lru_cache(maxsize=256)
-def tiling(shape: Shape, part: str, dim: int) -> Tiling:
-    """The tiles of a block: of the widths that there are, the one whose plan costs least, the widest of equals."""
+def tiling(shape: Shape, part: str, dim: int, forced: Config | None = None) -> Tiling:
+    """The tiles of a block: of the widths that there are, the one whose plan costs least, the widest of equals; of ``forced``, where given.
+
+    Raises:
+        ValueError: there is no kernel of ``forced``.
+    """
 
     def cost(width: int) -> float:
         w = work(shape, Tiling(ROWS, width, width, True))
         return (w.main + w.edge * EDGE_COST) * (1 + TILE_COST / width)
 
-    width = min(reversed(WIDTHS[part, dim]), key=cost)
+    widths = [c.block_n for c in candidates(part, dim) if forced in (None, c)]
+    if not widths:
+        raise ValueError(f"forced: {forced}, which no kernel {part} of head dim {dim} has")
+    width = min(widths, key=cost)
     return Tiling(ROWS, width, width, True)
 
 
@@ -85,7 +97,7 @@ def backward(
     dim = padded(head_dim)
     for part, own, columns, grads in (("dq", (q, dout), (k, v), (dq, None)), ("dkv", (k, v), (q, dout), (dk, dv))):
         shape = Shape(pattern.key, frame_len, n_text, text_front and n_text > 0, part == "dkv")
-        tiles = tiling(shape, part, dim)
+        tiles = tiling(shape, part, dim, forced.get(part))
         tables = _tables(shape, tiles, q.device)
         of, width = own[0].shape[1], tiles.block_n
         given = Backward(

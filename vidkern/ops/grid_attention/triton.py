@@ -79,7 +79,7 @@ def _live(q, valid, kv_len, text_len, n_frames, frame_len, n_text, text_front):
 def _tables(kind: str, q, pattern, frame_len, n_text, text_front):
     """The plan of a kernel on the device, and the keyword arguments that follow from its configuration."""
     shape = Shape(pattern.key, frame_len, n_text, text_front and n_text > 0, kind == "dkv")
-    return _prepared(kind, shape, q.shape[3], q.dtype, q.device, configs.forced_for(kind))
+    return _prepared(kind, shape, q.shape[3], q.dtype, q.device, configs.forced.get(kind))
 
 
 # Never dropped: a captured CUDA graph goes on reading the tables.
