@@ -46,25 +46,31 @@ def install(monkeypatch, programs):
         counts = program.run(name, given, blocks=blocks, threads=threads, shared=shared, reads=reads, writes=writes, seed=next(seeds))
         launched.append((name, blocks, counts))
 
+    register(monkeypatch, launch, cuda, cuda_grouped, "cuda-executed")
+    return launched
+
+
+def register(monkeypatch, launch, kits, layers, impl):
+    """A backend of the three ops: :class:`Kit` of the one module and the layers of the other around ``launch``."""
+
     def grouped(outputs, x, weight, bias, sizes, act, wants, impl):
         u = outputs[1] if outputs[1].numel() else None
-        cuda_grouped.forward([flat(t) for t in x], [flat(t) for t in weight], bias, act, outputs[0], u, launch=launch)
+        layers.forward([flat(t) for t in x], [flat(t) for t in weight], bias, act, outputs[0], u, launch=launch)
 
-    kit = "cuda_executed"  # imported by name, as the others are
-    monkeypatch.setitem(sys.modules, f"vidkern.ops.pruned.{kit}", cuda.Kit(launch))
+    kit = impl.replace("-", "_")  # imported by name, as the others are
+    monkeypatch.setitem(sys.modules, f"vidkern.ops.pruned.{kit}", kits.Kit(launch))
     runs = {
         "pruned_linear": pruned_linear._with(kit), "pruned_ffn": pruned_ffn._with(kit),
         "pruned_linear_grouped": (grouped, pruned_linear_grouped._backward_with(kit)),
     }  # fmt: skip
     why_not = {
-        "pruned_linear": lambda x, *rest: cuda.why_not(x, rest[4]), "pruned_ffn": lambda x, *rest: cuda.why_not(x, rest[6]),
-        "pruned_linear_grouped": lambda x, *rest: cuda.why_not(x[0]),
+        "pruned_linear": lambda x, *rest: kits.why_not(x, rest[4]), "pruned_ffn": lambda x, *rest: kits.why_not(x, rest[6]),
+        "pruned_linear_grouped": lambda x, *rest: kits.why_not(x[0]),
     }  # fmt: skip
     for name, room in OPS.items():
-        backend = registry.Backend("cuda-executed", why_not[name], *runs[name])
+        backend = registry.Backend(impl, why_not[name], *runs[name])
         monkeypatch.setattr(room.OP, "backends", (*room.OP.backends, backend))
         monkeypatch.setattr(room.OP, "_by_name", {b.name: b for b in room.OP.backends})
-    return launched
 
 
 @pytest.fixture
@@ -79,17 +85,17 @@ QUICK = {
 }  # fmt: skip
 
 
-def cases():
+def cases(quick_ones):
     """The quick ones in one dtype, in the other one and all others, in one, in the slow run."""
     for op in OPS:
         for i, sample in enumerate(rooms.room(op).samples):
-            dtypes, quick = [torch.bfloat16, torch.float16][:: -1 if i % 2 else 1], sample.name in QUICK[op]
+            dtypes, quick = [torch.bfloat16, torch.float16][:: -1 if i % 2 else 1], sample.name in quick_ones[op]
             for n, dtype in enumerate(dtypes if quick else dtypes[:1]):
                 marks = [pytest.mark.slow] * (n > 0 or not quick)
                 yield pytest.param(op, sample, dtype, id=f"{op}-{sample.name}-{str(dtype)[6:]}", marks=marks)
 
 
-@pytest.mark.parametrize("op, sample, dtype", list(cases()))
+@pytest.mark.parametrize("op, sample, dtype", list(cases(QUICK)))
 def test_accuracy(launched, op, sample, dtype):
     with accuracy.poisoned():
         accuracy.check(op, sample, dtype, "cuda-executed", seeds=range(accuracy.draws(op, sample, dtype)))

@@ -5,21 +5,17 @@ import contextlib
 import ctypes
 import itertools
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import vidkern
-from vidkern import registry
-from vidkern.ops import pruned_ffn, pruned_linear, pruned_linear_grouped
 from vidkern.ops.pruned import configs, cuda, hopper, hopper_grouped
-from vidkern.ops.pruned.compose import flat
-from vidkern.verify import accuracy, rooms
+from vidkern.verify import accuracy
 
 from harness import CSRC, KernelError, Launch, Program, machine_code, nvcc
-from test_pruned_cuda import OPS, SOUND, group, linear_problem, picked, runs_of, wrong
+from test_pruned_cuda import SOUND, cases, group, linear_problem, picked, register, runs_of, wrong
 from test_pruned_cuda import problems as problems_of_all
 
 SOURCES = hopper.SOURCES | hopper_grouped.SOURCES
@@ -48,26 +44,7 @@ def programs():
 def install(monkeypatch, programs):
     """The backend of the three ops on the executor. Returns what was launched: (kernel, counts) in order."""
     launched = []
-    launch = Launch(programs, launched)
-
-    def grouped(outputs, x, weight, bias, sizes, act, wants, impl):
-        u = outputs[1] if outputs[1].numel() else None
-        hopper_grouped.forward([flat(t) for t in x], [flat(t) for t in weight], bias, act, outputs[0], u, launch=launch)
-
-    kit = "hopper_executed"  # imported by name, as the others are
-    monkeypatch.setitem(sys.modules, f"vidkern.ops.pruned.{kit}", hopper.Kit(launch))
-    runs = {
-        "pruned_linear": pruned_linear._with(kit), "pruned_ffn": pruned_ffn._with(kit),
-        "pruned_linear_grouped": (grouped, pruned_linear_grouped._backward_with(kit)),
-    }  # fmt: skip
-    why_not = {
-        "pruned_linear": lambda x, *rest: hopper.why_not(x, rest[4]), "pruned_ffn": lambda x, *rest: hopper.why_not(x, rest[6]),
-        "pruned_linear_grouped": lambda x, *rest: hopper.why_not(x[0]),
-    }  # fmt: skip
-    for name, room in OPS.items():
-        backend = registry.Backend(IMPL, why_not[name], *runs[name])
-        monkeypatch.setattr(room.OP, "backends", (*room.OP.backends, backend))
-        monkeypatch.setattr(room.OP, "_by_name", {b.name: b for b in room.OP.backends})
+    register(monkeypatch, Launch(programs, launched), hopper, hopper_grouped, IMPL)
     return launched
 
 
@@ -88,17 +65,7 @@ def on(monkeypatch, processors, tile=None):
 QUICK = {"pruned_linear": ("every_part", "uneven"), "pruned_ffn": ("slabs_of_pairs",), "pruned_linear_grouped": ("three_widths",)}
 
 
-def cases():
-    """The quick ones in one dtype, in the other one and all others, in one, in the slow run."""
-    for op in OPS:
-        for i, sample in enumerate(rooms.room(op).samples):
-            dtypes, quick = [torch.bfloat16, torch.float16][:: -1 if i % 2 else 1], sample.name in QUICK[op]
-            for n, dtype in enumerate(dtypes if quick else dtypes[:1]):
-                marks = [pytest.mark.slow] * (n > 0 or not quick)
-                yield pytest.param(op, sample, dtype, id=f"{op}-{sample.name}-{str(dtype)[6:]}", marks=marks)
-
-
-@pytest.mark.parametrize("op, sample, dtype", list(cases()))
+@pytest.mark.parametrize("op, sample, dtype", list(cases(QUICK)))
 def test_accuracy(launched, op, sample, dtype):
     with accuracy.poisoned():
         accuracy.check(op, sample, dtype, IMPL, seeds=range(accuracy.draws(op, sample, dtype)))

@@ -95,6 +95,30 @@ def _given(*tensors) -> list:
     return [t for t in tensors if t is not None]
 
 
+def form_of(a: Source, b: Source, pairs: bool) -> str:
+    """Which kernels multiply these: by what lies along their rows."""
+    return "pairs" if pairs else "tn" if a.across else "nn" if b.across else "nt"
+
+
+def _fill(out, residual, fill: int) -> None:
+    if fill == 1:
+        out.copy_(residual)
+    elif fill == 2:
+        out.zero_()
+
+
+def _product(memory_a, memory_b, out, u, residual, bias, gate, partial, out_rows, out_cols, m, n, k, half, act, listed) -> tuple:
+    """(parameters, what a kernel reads). Operands: (memory, rows, columns)."""
+    given = Product(
+        *(Operand(*map(_at, operand), _step(operand[0])) for operand in (memory_a, memory_b)),
+        *map(_at, (out, u, residual, bias, gate, partial, out_rows, out_cols)), *map(_step, (out, u, residual, partial)),
+        m, n, k, half, m if gate is None else m // gate.shape[0], ACTS[act], out.dtype is torch.float32, listed,
+    )  # fmt: skip
+    # One that stands for another's memory may only be written: what the kernel reads there is its own.
+    shares = [t for t in _given(residual, partial) if t.data_ptr() != out.data_ptr()]
+    return given, [*_given(*memory_a, *memory_b, bias, gate, out_rows, out_cols), *shares]
+
+
 class Prologue:
     """RMSNorm and modulation of x, as in triton.py: 1 / rms per token (filled when x is gathered), 1 + scale and shift of the picked
     channels."""
@@ -190,28 +214,17 @@ class Kit:
         out_rows=None, out_cols=None, fill=0,
     ) -> None:
         """out[:, out_cols] = residual + gate * act(A B^T + partial + bias), as in cpu.py."""
-        if fill == 1:
-            out.copy_(residual)
-        elif fill == 2:
-            out.zero_()
+        _fill(out, residual, fill)
         pairs = act == "swiglu"
         c = tile_for(out.device, m, 2 * n if pairs else n)
         written = c.block_n // 2 if pairs else c.block_n
         tiles_m, tiles_n = -(-m // c.block_m), -(-n // written)
-        (ta, *lists_a, listed_a), (tb, *lists_b, listed_b) = self._operand(a, tiles_n > 1), self._operand(b, tiles_m > 1)
-        # One that stands for another's memory may only be written: what the kernel reads there is its own.
-        reads = [t for t in (residual, partial) if t is not None and t.data_ptr() != out.data_ptr()]
-        given = Product(
-            Operand(_at(ta), *map(_at, lists_a), _step(ta)), Operand(_at(tb), *map(_at, lists_b), _step(tb)),
-            *map(_at, (out, u, residual, bias, gate, partial, out_rows, out_cols)), *map(_step, (out, u, residual, partial)),
-            m, n, k, half, m if gate is None else m // gate.shape[0], ACTS[act], out.dtype is torch.float32,
-            listed_a or listed_b,
-        )  # fmt: skip
-        form = "pairs" if pairs else "tn" if a.across else "nn" if b.across else "nt"
-        self._launch(
-            f"pruned_product_{form}_{NAMES[ta.dtype]}_{c.block_m}", given, tiles_m * tiles_n, 32 * c.warps, shared(c),
-            [ta, tb, *_given(*lists_a, *lists_b, bias, gate, out_rows, out_cols), *reads], _given(out, u),
-        )  # fmt: skip
+        (*memory_a, listed_a), (*memory_b, listed_b) = self._operand(a, tiles_n > 1), self._operand(b, tiles_m > 1)
+        given, reads = _product(
+            memory_a, memory_b, out, u, residual, bias, gate, partial, out_rows, out_cols, m, n, k, half, act, listed_a or listed_b
+        )
+        name = f"pruned_product_{form_of(a, b, pairs)}_{NAMES[memory_a[0].dtype]}_{c.block_m}"
+        self._launch(name, given, tiles_m * tiles_n, 32 * c.warps, shared(c), reads, _given(out, u))
 
     def slope(self, dout, u, cols, gate, act, n, du, dbias, dgate) -> None:
         """Fill ``du``, ``dbias`` and ``dgate`` (each may be None), as in cpu.py; sums over tokens in a fixed order."""

@@ -71,40 +71,31 @@ class Kit(cuda.Kit):
         out_rows=None, out_cols=None, fill=0,
     ) -> None:
         """out[:, out_cols] = residual + gate * act(A B^T + partial + bias), as in cpu.py."""
-        if fill == 1:
-            out.copy_(residual)
-        elif fill == 2:
-            out.zero_()
+        cuda._fill(out, residual, fill)
         pairs = act == "swiglu"
         c, processors = tile_for(out.device, m, 2 * n if pairs else n), cuda.processors(out.device)
         written = c.block_n // 2 if pairs else c.block_n
         rows, columns = -(-m // c.block_m), -(-n // written)
-        (ta, *lists_a, listed_a), (tb, *lists_b, listed_b) = self._operand(a, columns > 1), self._operand(b, rows > 1)
-        ways = self._way(ta, lists_a[0], listed_a), self._way(tb, lists_b[0], listed_b)
-        form = "pairs" if pairs else "tn" if a.across else "nn" if b.across else "nt"
-        tiles, step = rows * columns, 1
+        (*memory_a, listed_a), (*memory_b, listed_b) = self._operand(a, columns > 1), self._operand(b, rows > 1)
+        ta, tb = memory_a[0], memory_b[0]
+        ways = self._way(*memory_a[:2], listed_a), self._way(*memory_b[:2], listed_b)
+        form, tiles, step = cuda.form_of(a, b, pairs), rows * columns, 1
         if form == "nt" and c.block_n == 128 and rows > 1 and ways == (BOXES, BOXES) and processors >= CLUSTER:
             # Where an odd number of rows of tiles costs no wave.
             together = -(-rows // CLUSTER) * columns
             if waves(together, processors // CLUSTER) <= waves(tiles, processors):
                 form, tiles, step, processors = "cluster", together, CLUSTER, processors // CLUSTER
         blocks = min(tiles, processors) * step
-        # One that stands for another's memory may only be written: what the kernel reads there is its own.
-        reads = [t for t in (residual, partial) if t is not None and t.data_ptr() != out.data_ptr()]
-        given = Boxed(p=cuda.Product(
-            cuda.Operand(cuda._at(ta), *map(cuda._at, lists_a), cuda._step(ta)),
-            cuda.Operand(cuda._at(tb), *map(cuda._at, lists_b), cuda._step(tb)),
-            *map(cuda._at, (out, u, residual, bias, gate, partial, out_rows, out_cols)), *map(cuda._step, (out, u, residual, partial)),
-            m, n, k, half, m if gate is None else m // gate.shape[0], cuda.ACTS[act], out.dtype is torch.float32, 0,
-        ), a_way=ways[0], b_way=ways[1], blocks=blocks)  # fmt: skip
+        product, reads = cuda._product(
+            memory_a, memory_b, out, u, residual, bias, gate, partial, out_rows, out_cols, m, n, k, half, act, False
+        )
+        given = Boxed(p=product, a_way=ways[0], b_way=ways[1], blocks=blocks)
         if ways[0] == BOXES:
             given.a = box_map(self._launch, ta, k, m, PANEL) if a.across else box_map(self._launch, ta, m, k, c.block_m)
         if ways[1] == BOXES:
             given.b = box_map(self._launch, tb, k, n, PANEL) if b.across else box_map(self._launch, tb, half + n, k, written // step)
-        self._launch(
-            f"pruned_hopper_{form}_{cuda.NAMES[ta.dtype]}_{c.block_n}", given, blocks, 32 * c.warps, shared(c),
-            [ta, tb, *cuda._given(*lists_a, *lists_b, bias, gate, out_rows, out_cols), *reads], cuda._given(out, u),
-        )  # fmt: skip
+        name = f"pruned_hopper_{form}_{cuda.NAMES[ta.dtype]}_{c.block_n}"
+        self._launch(name, given, blocks, 32 * c.warps, shared(c), reads, cuda._given(out, u))
 
 
 _kit = Kit(kernels.launch)

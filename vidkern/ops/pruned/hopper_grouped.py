@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from ...cuda.tensor_map import TensorMap, parameters
-from . import configs, cuda, hopper
+from . import configs, cuda, cuda_grouped, hopper
 
 SOURCES = {"pruned_hopper_grouped": ("pruned_hopper_grouped",)}
 LAYERS = 13  # of a launch
@@ -44,26 +44,16 @@ def tile_for(device, sizes) -> configs.Config:
 def forward(xs, weights, biases, act, out, u, *, launch) -> None:
     """Fill ``out`` and ``u`` (or None), one after the other's [m, n] in one flat tensor; ``launch`` as of :class:`.hopper.Kit`. One launch
     for every LAYERS layers."""
-    kit = hopper.Kit(launch)
-    sizes = [(x.shape[0], w.shape[0], x.shape[1]) for x, w in zip(xs, weights)]
-    c = tile_for(out.device, sizes)
-    biases = [b.float().contiguous() for b in biases] or [None] * len(xs)
-    xs, weights = ([t if hopper.boxed(t) else kit.gathered(t) for t in group] for group in (xs, weights))
-    starts = [0]
-    for m, n, _ in sizes:
-        starts.append(starts[-1] + m * n)
-    # The deepest layers first, so that none is left alone at the end.
-    order = sorted(range(len(xs)), key=lambda i: -sizes[i][2])
-    for first in range(0, len(order), LAYERS):
-        chosen = order[first : first + LAYERS]
+    layers = cuda_grouped.Layers.of(xs, weights, biases, hopper.Kit(launch), hopper.boxed, LAYERS)
+    c = tile_for(out.device, layers.sizes)
+    for chosen in layers.launches:
         given = Group(out=out.data_ptr(), u=None if u is None else u.data_ptr(), count=len(chosen), act=cuda.ACTS[act])
         for slot, i in enumerate(chosen):
-            m, n, k = sizes[i]
-            given.x[slot] = hopper.box_map(launch, xs[i], m, k, c.block_m)
-            given.weight[slot] = hopper.box_map(launch, weights[i], n, k, c.block_n)
-            given.layers[slot] = Layer(None if biases[i] is None else biases[i].data_ptr(), starts[i], m, n, k, given.tiles)
+            m, n, k = layers.sizes[i]
+            given.x[slot] = hopper.box_map(launch, layers.xs[i], m, k, c.block_m)
+            given.weight[slot] = hopper.box_map(launch, layers.weights[i], n, k, c.block_n)
+            given.layers[slot] = Layer(layers.bias(i), layers.starts[i], m, n, k, given.tiles)
             given.tiles += _tiles(c, m, n)
         given.blocks = min(given.tiles, cuda.processors(out.device))
-        reads = [t for i in chosen for t in (xs[i], weights[i], biases[i]) if t is not None]
         name = f"pruned_hopper_grouped_{cuda.NAMES[out.dtype]}_{c.block_n}"
-        launch(name, given, given.blocks, 32 * c.warps, hopper.shared(c), reads, [out] if u is None else [out, u])
+        launch(name, given, given.blocks, 32 * c.warps, hopper.shared(c), layers.read(chosen), [out] if u is None else [out, u])
