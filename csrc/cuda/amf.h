@@ -18,6 +18,12 @@ constexpr i32 STEP = 64;         // channels of a chunk
 constexpr i32 BLOCK = 64;        // rows whose gradients are looked for together; 16 per warp
 constexpr float LEAST = -3e38f;  // stands for -inf where a difference of two of them must not be NaN
 
+VK_DEVICE i32 tiles_of(i32 n, i32 each) { return (n + each - 1) / each; }
+
+struct alignas(8) Two {
+  float a, b;
+};
+
 // A frame's tokens; its columns, and 1 / columns; how far the eighth key after another lies: 8 % columns and 8 / columns.
 struct Frame {
   i32 size;

@@ -2,7 +2,7 @@
 // several frames that look at one target, goes over all keys of that target. A producer warp brings boxes by the tensor memory accelerator
 // through a ring of stages; two warpgroups of 64 rows multiply, and carry an online softmax with the keys' places. Keys past a frame's end
 // are those of the next frame, or zeros: their products are overwritten.
-#include "amf_hopper.h"
+#include "amf_hopper_wide.h"
 
 namespace vk {
 namespace amf {
@@ -33,15 +33,19 @@ struct Task {
 };
 
 // Boxes of the block's rows: 64 channels from `channel` on of all pieces.
-VK_DEVICE void bring_rows(const Forward& g, const i32 (&tokens)[PIECES], Shared<u8> panel, i32 channel, i32 z, i32 batch,
-                          Shared<u64> done) {
-  VK_UNROLL
-  for (i32 n = 0; n < PIECES; ++n) copy_box(panel + n * PIECE * STEP * 2, g.q, channel, tokens[n], z, batch, done);
-}
-VK_DEVICE void read_tokens(i32 (&tokens)[PIECES], const Task& task) {
-  VK_UNROLL
-  for (i32 n = 0; n < PIECES; ++n) tokens[n] = task.piece(n).token;
-}
+struct BlockRows {
+  static constexpr u32 BYTES = ROWS * STEP * 2;
+  const TensorMap& map;
+  i32 tokens[PIECES], batch;
+  VK_DEVICE BlockRows(const Forward& g, const Task& task) : map(g.q), batch(task.batch) {
+    VK_UNROLL
+    for (i32 n = 0; n < PIECES; ++n) tokens[n] = task.piece(n).token;
+  }
+  VK_DEVICE void operator()(Shared<u8> panel, i32 channel, i32 z, Shared<u64> done) const {
+    VK_UNROLL
+    for (i32 n = 0; n < PIECES; ++n) copy_box(panel + n * PIECE * STEP * 2, map, channel, tokens[n], z, batch, done);
+  }
+};
 
 template <bool FULL>
 VK_DEVICE void finish(Rows<FULL>& r, const Piece& own, i64 map, const Forward& g) {
@@ -99,11 +103,10 @@ VK_DEVICE void forward_held(const Forward& g) {
     registers_down<FEW>();
     if (thread_index() != 0) return;
     prefetch(g.q), prefetch(g.k);
-    i32 tokens[PIECES];
-    read_tokens(tokens, task);
+    const BlockRows rows(g, task);
     mbarrier_expect(there, Left::BYTES);
     VK_UNROLL
-    for (i32 n = 0; n < Left::COUNT; ++n) bring_rows(g, tokens, left.panel(n), n * STEP, task.group, task.batch, there);
+    for (i32 n = 0; n < Left::COUNT; ++n) rows(left.panel(n), n * STEP, task.group, there);
     const i32 first = task.piece(0).target * g.frame.size;
     for (i32 i = 0; i < tiles; ++i) {
       ring.wait_empty(i);
@@ -151,86 +154,20 @@ VK_DEVICE void forward_held(const Forward& g) {
   finish(r, task.piece(i32(warp_index()) - 4), task.map, g);
 }
 
-// Products over any number of channels: a stage holds 64 of them, of the rows and of up to KEYS keys. Two blocks of one target make a
-// cluster: each brings half of every tile of keys to both.
-constexpr u32 CLUSTER = 2;
-constexpr i32 SHARE = 64;  // keys of a box
-
-template <typename T, i32 KEYS>
-struct Chunks {
-  using Left = Panels<ROWS, STEP>;
-  using Right = Panels<KEYS, STEP>;
-  static constexpr u32 STAGE = Left::BYTES + Right::BYTES;
-  const Forward& g;
-  Ring<STAGES> ring;
-  i32 each, count, i = 0;  // chunks of a head, and of a product; uses of the ring so far
-  VK_DEVICE Chunks(const Forward& g) : g(g), ring{shared_at<u64>(0)}, each((g.dim + STEP - 1) / STEP), count(each * g.heads) {
-    if (thread_index() == 0) ring.make(1, READERS * CLUSTER);
-    cluster_barrier();
-  }
-  static VK_DEVICE Left left(i32 i) { return {shared_at<u8>(ALIGN + u32(i % STAGES) * STAGE)}; }
-  static VK_DEVICE Right right(i32 i) { return {shared_at<u8>(ALIGN + u32(i % STAGES) * STAGE + Left::BYTES)}; }
-
-  // By one thread: the chunks of a product of the rows with `keys` keys, a multiple of 128, from token `key` on.
-  VK_DEVICE void bring(const i32 (&tokens)[PIECES], i32 key, i32 keys, i32 group, i32 batch) {
-    const i32 rank = i32(cluster_rank());
-    for (i32 c = 0; c < count; ++c, ++i) {
-      const i32 z = group + c / each, channel = c % each * STEP;
-      ring.wait_empty(i);
-      mbarrier_expect(ring.full(i), u32(Left::BYTES + keys * STEP * 2));
-      bring_rows(g, tokens, left(i).base, channel, z, batch, ring.full(i));
-      VK_NO_UNROLL
-      for (i32 n = rank * SHARE; n < keys; n += i32(CLUSTER) * SHARE)
-        copy_box_to(u16((1 << CLUSTER) - 1), right(i).base + n * STEP * 2, g.k, channel, key + n, z, batch, ring.full(i));
-    }
-  }
-  // This warp no longer reads a use, which both blocks fill.
-  VK_DEVICE void release(i32 use) const {
-    warp_barrier();
-    if (lane_index() < CLUSTER) mbarrier_arrive_at(ring.empty(use), lane_index());
-  }
-  // A warpgroup's next product, with TILES times 128 keys.
-  template <i32 TILES>
-  VK_DEVICE void multiply(Accumulator (&s)[TILES][COLUMNS / 8]) {
-    const i32 row = (group_index() - 1) * 64;
-    for (i32 c = 0; c < count; ++c, ++i) {
-      ring.wait_full(i);
-      products_begin();
-      VK_UNROLL
-      for (i32 k = 0; k < STEP / 16; ++k)
-        VK_UNROLL
-        for (i32 n = 0; n < TILES; ++n)
-          warpgroup_product<T, COLUMNS>(s[n], left(i).depth_along(row, k), right(i).depth_along(n * COLUMNS, k), c + k > 0);
-      products_commit();
-      if (c == 0) continue;
-      products_wait<1>();
-      release(i - 1);
-    }
-    products_wait<0>();
-    release(i - 1);
-  }
-  // At the end, by all: the other block may still copy to this one, and arrive here. Warps come whole.
-  static VK_DEVICE void leave() {
-    warp_barrier();
-    cluster_barrier();
-  }
-};
-
 // Heads side by side, or more channels than stay in shared memory.
 template <typename T, bool FULL>
 VK_DEVICE void forward_wide(const Forward& g) {
   constexpr i32 KEYS = 2 * COLUMNS;
-  Chunks<T, KEYS> p(g);
+  Chunks<T, KEYS> p(g.heads, g.dim);
   const Task task(g);
   if (group_index() == 0) {
     registers_down<FEW>();
     if (thread_index() == 0) {
       prefetch(g.q), prefetch(g.k);
-      i32 tokens[PIECES];
-      read_tokens(tokens, task);
+      const BlockRows rows(g, task);
       const i32 first = task.piece(0).target * g.frame.size;
       for (i32 key = 0; key < g.frame.size; key += KEYS)
-        p.bring(tokens, first + key, key + COLUMNS < g.frame.size ? KEYS : COLUMNS, task.group, task.batch);
+        p.bring(rows.BYTES, rows, g.k, first + key, key + COLUMNS < g.frame.size ? KEYS : COLUMNS, task.group, task.batch);
     }
   } else {
     registers_up<MANY>();
@@ -255,17 +192,16 @@ VK_DEVICE void forward_wide(const Forward& g) {
 // Where the probabilities of all groups together are largest, and that mean probability: the products of a tile of keys group after group.
 template <typename T>
 VK_DEVICE void vote(const Forward& g) {
-  Chunks<T, COLUMNS> p(g);
+  Chunks<T, COLUMNS> p(g.heads, g.dim);
   const Task task(g, 1);
   if (group_index() == 0) {
     registers_down<FEW>();
     if (thread_index() == 0) {
       prefetch(g.q), prefetch(g.k);
-      i32 tokens[PIECES];
-      read_tokens(tokens, task);
+      const BlockRows rows(g, task);
       const i32 first = task.piece(0).target * g.frame.size;
       for (i32 key = 0; key < g.frame.size; key += COLUMNS)
-        for (i32 group = 0; group < g.groups; ++group) p.bring(tokens, first + key, COLUMNS, group, task.batch);
+        for (i32 group = 0; group < g.groups; ++group) p.bring(rows.BYTES, rows, g.k, first + key, COLUMNS, group, task.batch);
     }
   } else {
     registers_up<MANY>();

@@ -39,10 +39,8 @@ struct Slab {
 constexpr i32 M = 2, ROWS = M * BLOCK, N = 128;
 constexpr i32 DEPTH = 64;  // keys or rows that a product of the slab takes at a time
 
-// Programs of a launch are numbered by tiles of rows first: those that run together share the other operand.
-VK_DEVICE i32 tiles_of(i32 n, i32 each) { return (n + each - 1) / each; }
-
-// One tile of the slab: 128 rows by 128 keys of a target.
+// One tile of the slab: 128 rows by 128 keys of a target. Programs of a launch, of this kernel and of the others, are numbered by tiles of
+// rows first: those that run together share the other operand.
 template <typename T>
 VK_DEVICE void slope(const Slab& g) {
   const i32 down = tiles_of(g.frame.size, ROWS), across = tiles_of(g.frame.size, N), pid = i32(block_index());
@@ -195,10 +193,6 @@ VK_DEVICE void slab_dq(const Slab& g) {
     });
   }
 }
-
-struct alignas(8) Two {
-  float a, b;
-};
 
 // One tile of the share of dK that the query frame has: 128 keys of a target by 128 channels, summed over the rows with gradient.
 template <typename T>

@@ -143,3 +143,39 @@ class Runs:
     def wrong(self, *problem) -> float:
         """The larger of both."""
         return max(self.wrong_forward(*problem), self.wrong_backward(*problem))
+
+
+# ---- what the kernels of every compute capability must do -----------------------------------------------------------------------
+def float16_gradients_of_any_size(runs, form, times):
+    """float16 has neither the range of a scaled loss nor that of a mean over many patches."""
+    q, k = operands(dtype=torch.float16, **form)
+    got, want = runs.backward(q, k, (2, 5, 7), every_pair(2), 0.1 / max(1.0, times), times=times)
+    if times < 1:  # what the dtype of dq holds of it
+        assert all(bool((a != 0).any()) == bool((b.half() != 0).any()) for a, b in zip(got, want))
+    else:
+        assert all((a.double() - b).norm() < 2e-3 * b.norm() for a, b in zip(got, want))
+
+
+def the_same_bits_whatever_the_schedule(runs, form):
+    given = (*operands(grid=(2, 9, 9), **form), (2, 9, 9), every_pair(2), 0.1)
+    found = [(*runs.forward(*given)[0].values(), *runs.backward(*given)[0]) for _ in "ab"]
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def offsets_of_64_bits(runs):
+    """Tokens 2^28 values apart, of which a few pages exist."""
+    grid, pairs = (2, 2, 3), every_pair(2)
+    for heads in (1, 2):
+        near = operands(heads=heads, dim=16, grid=grid)
+        near += [torch.empty_like(t) for t in near]
+        room = [torch.empty(12 * 2**28, dtype=torch.bfloat16) for _ in range(2)]
+        far = [room[i // 2].as_strided(near[0].shape, (0, 0, 16, 2**28, 1), i % 2 * 64) for i in range(4)]
+        for a, b in zip(far, near):
+            a.copy_(b)
+        found = []
+        for q, k, dq, dk in (far, near):
+            outs = empty(q, pairs, grid)
+            runs.ours["forward"](q, k, pairs, grid=grid, scale=0.1, **outs)
+            runs.ours["backward"](outs["mean"], None, q, k, outs["mean"], outs["lse"], pairs, grid=grid, scale=0.1, dq=dq, dk=dk)
+            found.append([*outs.values(), dq.clone(), dk.clone()])
+        assert all(torch.equal(a, b) for a, b in zip(*found))

@@ -13,7 +13,10 @@ from vidkern.ops import attention_motion_flow as op
 from vidkern.ops.attention_motion_flow import cost, cuda
 from vidkern.verify import accuracy, amf_rooms
 
-from amf_executed import EVERY, Runs, empty, every_pair, launchers, operands
+from amf_executed import (
+    EVERY, Runs, empty, every_pair, float16_gradients_of_any_size, launchers, offsets_of_64_bits, operands,
+    the_same_bits_whatever_the_schedule,
+)  # fmt: skip
 from every_op import motion
 from harness import CSRC, KernelError, Program, machine_code, nvcc
 
@@ -140,39 +143,16 @@ def test_gradients_alone(runs):
 @pytest.mark.parametrize("form", [{"groups": 1}, {"heads": 9}], ids=["fused", "slab"])
 @pytest.mark.parametrize("times", [1e-9, 6e4])
 def test_float16_gradients_of_any_size(runs, form, times):
-    """float16 has neither the range of a scaled loss nor that of a mean over many patches."""
-    q, k = operands(dtype=torch.float16, **form)
-    got, want = runs.backward(q, k, (2, 5, 7), every_pair(2), 0.1 / max(1.0, times), times=times)
-    if times < 1:  # what the dtype of dq holds of it
-        assert all(bool((a != 0).any()) == bool((b.half() != 0).any()) for a, b in zip(got, want))
-    else:
-        assert all((a.double() - b).norm() < 2e-3 * b.norm() for a, b in zip(got, want))
+    float16_gradients_of_any_size(runs, form, times)
 
 
 def test_the_same_bits_whatever_the_schedule(runs):
     for form in ("one head", "heads apart"):
-        given = (*operands(grid=(2, 9, 9), **FORMS[form]), (2, 9, 9), every_pair(2), 0.1)
-        found = [(*runs.forward(*given)[0].values(), *runs.backward(*given)[0]) for _ in "ab"]
-        assert all(torch.equal(a, b) for a, b in zip(*found))
+        the_same_bits_whatever_the_schedule(runs, FORMS[form])
 
 
 def test_offsets_of_64_bits(runs):
-    """Tokens 2^28 values apart, of which a few pages exist."""
-    grid, pairs = (2, 2, 3), every_pair(2)
-    for heads in (1, 2):
-        near = operands(heads=heads, dim=16, grid=grid)
-        near += [torch.empty_like(t) for t in near]
-        room = [torch.empty(12 * 2**28, dtype=torch.bfloat16) for _ in range(2)]
-        far = [room[i // 2].as_strided(near[0].shape, (0, 0, 16, 2**28, 1), i % 2 * 64) for i in range(4)]
-        for a, b in zip(far, near):
-            a.copy_(b)
-        found = []
-        for q, k, dq, dk in (far, near):
-            outs = empty(q, pairs, grid)
-            runs.ours["forward"](q, k, pairs, grid=grid, scale=0.1, **outs)
-            runs.ours["backward"](outs["mean"], None, q, k, outs["mean"], outs["lse"], pairs, grid=grid, scale=0.1, dq=dq, dk=dk)
-            found.append([*outs.values(), dq.clone(), dk.clone()])
-        assert all(torch.equal(a, b) for a, b in zip(*found))
+    offsets_of_64_bits(runs)
 
 
 # ---- rows without gradient ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ go through a slab, the gradients of the logits of one query frame, which two pro
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 
 import torch
@@ -160,21 +161,27 @@ def backward(dmean, dlse, q, k, mean, lse, pairs, *, grid, scale, dq, dk, launch
     Workspace: 16 bytes per row and pair; for wide groups also [S, targets, S] of q's dtype for one query frame at a time, and a float32
     [N, channels] where a target has several query frames.
     """
-    size = grid[1] * grid[2]
-    maps, blocks = (*q.shape[:2], len(pairs)), -(-size // BLOCK)
-    dmean, dlse, mean, lse = (None if t is None else t.contiguous() for t in (dmean, dlse, mean, lse))
-    slopes = q.new_empty((*maps, size, 4), dtype=torch.float32)
-    flags = q.new_empty((*maps, blocks), dtype=torch.int32)
-    unity = unity_of(dmean, dlse, grid) if q.dtype == torch.float16 else None
-    mean = None if dmean is None else mean
-    # Coordinates are relative to the centre of the frame, which halves the rounding of what is left of a slope.
-    centre = ((grid[2] - 1) / 2, (grid[1] - 1) / 2)
-    given = Prepare(*_addresses(dmean, dlse, mean, lse, unity, slopes, flags), math.prod(maps), size, blocks, *centre)
-    launch("amf_prepare", given, -(-math.prod(maps) * blocks // 4), THREADS, 0, _present(dmean, dlse, mean, lse, unity), [slopes, flags])
+    slopes, flags, unity, centre = _prepare(dmean, dlse, q, mean, lse, len(pairs), grid, launch)
     if _held(q):
         _fused(q, k, dq, dk, pairs, grid, scale, slopes, flags, unity, centre, launch)
     else:
         _through_slabs(q, k, dq, dk, pairs, grid, scale, slopes, flags, unity, centre, launch)
+
+
+def _prepare(dmean, dlse, q, mean, lse, n_pairs: int, grid, launch):
+    """What each row's gradient says of its logits, float32 [B, G, P, S, 4]; whether blocks of 64 rows have any, int32 [B, G, P, blocks];
+    what gradients are divided by, or None; and the centre of a frame."""
+    # Coordinates are relative to the centre of the frame, which halves the rounding of what is left of a slope.
+    size, maps, centre = grid[1] * grid[2], (*q.shape[:2], n_pairs), ((grid[2] - 1) / 2, (grid[1] - 1) / 2)
+    blocks = -(-size // BLOCK)
+    slopes = q.new_empty((*maps, size, 4), dtype=torch.float32)
+    flags = q.new_empty((*maps, blocks), dtype=torch.int32)
+    given = [None if t is None else t.contiguous() for t in (dmean, dlse, None if dmean is None else mean, lse)]
+    unity = unity_of(*given[:2], grid) if q.dtype == torch.float16 else None
+    reads = [*given, unity]
+    prepare = Prepare(*_addresses(*reads, slopes, flags), math.prod(maps), size, blocks, *centre)
+    launch("amf_prepare", prepare, -(-math.prod(maps) * blocks // 4), THREADS, 0, _present(*reads), [slopes, flags])
+    return slopes, flags, unity, centre
 
 
 def _fused(q, k, dq, dk, pairs, grid, scale, slopes, flags, unity, centre, launch) -> None:
@@ -193,33 +200,48 @@ def _fused(q, k, dq, dk, pairs, grid, scale, slopes, flags, unity, centre, launc
 
 
 def _through_slabs(q, k, dq, dk, pairs, grid, scale, slopes, flags, unity, centre, launch) -> None:
-    frames, size = grid[0], grid[1] * grid[2]
-    batch, groups, heads, tokens, dim = q.shape
-    slots = tables.slots(pairs, frames, q.device)
+    slots, slab, total, padded = _room(q, dq, dk, pairs, grid)
+    heads, dim = q.shape[2], q.shape[4]
+    down, columns = -(-grid[1] * grid[2] // ROWS), {"dq": -(-heads * dim // 64), "dk": -(-heads * dim // COLUMNS)}
+    shared = {"dq": 2 * 2 * STEP * (ROWS + 64), "dk": 2 * 2 * STEP * (ROWS + COLUMNS)}  # two stages of the operands
+    for b, g, (frame, slot, n) in itertools.product(range(q.shape[0]), range(q.shape[1]), slots.slabs):
+        one = [t[b, g] for t in (q, k, slopes, flags)]
+        _slope(*one, slab, slots.slots, slot, n, frame, grid=grid, scale=scale, centre=centre, padded=padded, launch=launch)
+        for part, out, blocks, sums in (("dq", dq[b, g], down, []), ("dk", dk[b, g], down * n, _present(total))):
+            given = Slab(
+                *_addresses(*one, unity, slab, out, total, slots.slots, slots.shares), *_steps(*one[:2], out), _frame(grid), slot, n, frame,
+                heads, dim, flags.shape[-1], padded, *centre, scale,
+            )  # fmt: skip
+            reads = [*one, *_present(unity), slots.slots, slots.shares, slab]
+            launch(f"amf_slab_{part}_{_NAMES[q.dtype]}", given, blocks * columns[part], THREADS, shared[part], reads, [out, *sums])
+
+
+def _room(q, dq, dk, pairs, grid):
+    """The slabs' tables, room for the longest slab, float32 [N, channels] for dK where a target has several query frames, or None, and keys
+    of a slab's row. Gradients of frames without pairs become zeros."""
+    size = grid[1] * grid[2]
+    slots = tables.slots(pairs, grid[0], q.device)
     for gradient, missing in ((dq, slots.no_query), (dk, slots.no_target)):
         for frame in missing:
             gradient[..., frame * size : (frame + 1) * size, :].zero_()
     padded = -(-size // 8) * 8
     slab = q.new_empty(size * max(s.count for s in slots.slabs) * padded)
-    total = q.new_empty((tokens, heads * dim), dtype=torch.float32) if slots.added else None
-    down, across = -(-size // ROWS), -(-size // COLUMNS)
-    # Kernel -> its columns of channels; two stages of its operands.
-    columns = {"slab_dq": -(-heads * dim // 64), "slab_dk": -(-heads * dim // COLUMNS)}
-    shared = {"slope": 2 * 2 * STEP * (ROWS + COLUMNS), "slab_dq": 2 * 2 * STEP * (ROWS + 64), "slab_dk": 2 * 2 * STEP * (ROWS + COLUMNS)}
-    for b in range(batch):
-        for g in range(groups):
-            one = [t[b, g] for t in (q, k, slopes, flags)]
-            outs = dq[b, g], dk[b, g]
-            reads = [*one, *_present(unity), slots.slots, slots.shares]
-            for frame, slot, n in slots.slabs:
-                for name, out, blocks, more, writes in (
-                    ("slope", None, down * across * n, [], [slab]),
-                    ("slab_dq", outs[0], down * columns["slab_dq"], [slab], [outs[0]]),
-                    ("slab_dk", outs[1], down * n * columns["slab_dk"], [slab], [outs[1], *_present(total)]),
-                ):
-                    steps = [Steps() if t is None else Steps(*t.stride()[:2]) for t in (*one[:2], out)]
-                    given = Slab(
-                        *_addresses(*one, unity, slab, out, total, slots.slots, slots.shares), *steps, _frame(grid), slot, n, frame, heads,
-                        dim, flags.shape[-1], padded, *centre, scale,
-                    )  # fmt: skip
-                    launch(f"amf_{name}_{_NAMES[q.dtype]}", given, blocks, THREADS, shared[name], [*reads, *more], writes)
+    total = q.new_empty((q.shape[3], q.shape[2] * q.shape[4]), dtype=torch.float32) if slots.added else None
+    return slots, slab, total, padded
+
+
+def _slope(q, k, slopes, flags, slab, slots, slot, n, frame, *, grid, scale, centre, padded, launch) -> None:
+    """Fill ``slab`` [S, n, padded], flat, with the gradients of the logits of query frame ``frame``, whose targets are ``slots`` from
+    ``slot`` on; q and k [H, N, d], ``slopes`` and ``flags`` are those of one sample and group."""
+    heads, _, dim = q.shape
+    size = grid[1] * grid[2]
+    given = Slab(
+        *_addresses(q, k, slopes, flags, None, slab, None, None, slots, None), *_steps(q, k), Steps(), _frame(grid), slot, n, frame, heads,
+        dim, flags.shape[-1], padded, *centre, scale,
+    )  # fmt: skip
+    blocks, shared = -(-size // ROWS) * -(-size // COLUMNS) * n, 2 * 2 * STEP * (ROWS + COLUMNS)
+    launch(f"amf_slope_{_NAMES[q.dtype]}", given, blocks, THREADS, shared, [q, k, slopes, flags, slots], [slab])
+
+
+def _steps(*tensors) -> list[Steps]:
+    return [Steps(*t.stride()[:2]) for t in tensors]

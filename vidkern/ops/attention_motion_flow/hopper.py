@@ -1,11 +1,12 @@
 """Launchers of the CUDA kernels for compute capability 9.0 (csrc/cuda/amf_hopper*.cu): which kernel, over how many blocks, with which
-parameters. What they do not do, :mod:`.cuda`'s kernels do, which run there as well.
+parameters. What a backward prepares from its gradients, a kernel of :mod:`.cuda` does, which runs there as well.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 
 import torch
@@ -13,14 +14,17 @@ import torch
 from ...cuda.tensor_map import TensorMap, parameters
 from . import cuda
 from . import triton_tables as tables
-from .unity import unity_of
 
 # Source -> prefixes of the names of its kernels.
-SOURCES = {"amf_hopper": ("amf_hopper_forward_", "amf_hopper_vote_"), "amf_hopper_backward": ("amf_hopper_dq_", "amf_hopper_dk_")}
+SOURCES = {
+    "amf_hopper": ("amf_hopper_forward_", "amf_hopper_vote_"), "amf_hopper_backward": ("amf_hopper_dq_", "amf_hopper_dk_"),
+    "amf_hopper_slope": ("amf_hopper_slope_",), "amf_hopper_slab": ("amf_hopper_slab_",),
+}  # fmt: skip
 THREADS, STEP = 384, 64  # of a block; channels of a chunk
 ROWS, PIECE, COLUMNS = 128, 16, 128  # of a block; of a warp, all in one frame; keys of a product
 STAGES, SHARE, CLUSTER = 4, 64, 2  # of the ring; keys of a box where two blocks share them; those blocks
 KEYS, QUERIES = {64: 128, 128: 64}, 64  # of a stage of dQ, by channels, and of dK
+DEPTH, WIDTH = 64, 256  # of the slab's products: keys or rows of a stage; channels of a block
 HEAD = 1024  # bytes of the barriers, rounded up to where panels may begin
 _LOG2E = math.log2(math.e)
 
@@ -42,6 +46,26 @@ Backward = parameters(
         ("rows", TensorMap), ("tokens", TensorMap), *((n, ctypes.c_void_p) for n in "q slopes flags unity out tiles members".split()),
         *((n, ctypes.c_int64) for n in "q_group q_token out_group out_token".split()), ("frame", cuda.Frame),
         *((n, ctypes.c_int32) for n in "n_tiles n_pairs blocks dim".split()), *((n, ctypes.c_float) for n in "centre_x centre_y scale".split()),
+    ],
+)  # fmt: skip
+
+# ``vk::amf::SlabSlope`` of amf_hopper_slope.cu.
+SlabSlope = parameters(
+    "SlabSlope",
+    [
+        ("q", TensorMap), ("k", TensorMap), *((n, ctypes.c_void_p) for n in "slopes flags slab slots".split()), ("frame", cuda.Frame),
+        *((n, ctypes.c_int32) for n in "slot n_slots query heads dim blocks padded".split()),
+        *((n, ctypes.c_float) for n in "centre_x centre_y scale".split()),
+    ],
+)  # fmt: skip
+
+# ``vk::amf::Products`` of amf_hopper_slab.cu.
+Products = parameters(
+    "Products",
+    [
+        ("slab", TensorMap), ("tokens", TensorMap), *((n, ctypes.c_void_p) for n in "q slopes flags unity out sum slots shares".split()),
+        *((n, ctypes.c_int64) for n in "q_head q_token out_head out_token".split()),
+        *((n, ctypes.c_int32) for n in "size slot n_slots query heads dim blocks".split()), ("scale", ctypes.c_float),
     ],
 )  # fmt: skip
 
@@ -125,12 +149,12 @@ def vote(q, k, lse, pairs, *, grid, scale, index, top, launch) -> None:
 def backward(dmean, dlse, q, k, mean, lse, pairs, *, grid, scale, dq, dk, launch) -> None:
     """Fill ``dq`` and ``dk``; arguments as of the Triton launcher, ``launch`` as in :func:`forward`. Deterministic.
 
-    Workspace: 16 bytes per row and pair. Groups of several heads or more than 128 channels go to :func:`.cuda.backward`.
+    Workspace: as of :func:`.cuda.backward`.
     """
     held = cuda._held(q)
+    slopes, flags, unity, centre = cuda._prepare(dmean, dlse, q, mean, lse, len(pairs), grid, launch)
     if not held:
-        return cuda.backward(dmean, dlse, q, k, mean, lse, pairs, grid=grid, scale=scale, dq=dq, dk=dk, launch=launch)
-    slopes, flags, unity, centre = _prepare(dmean, dlse, q, mean, lse, len(pairs), grid, launch)
+        return _through_slabs(q, k, dq, dk, pairs, grid, scale, slopes, flags, unity, centre, launch)
     for part, which, rows, tokens, out in (("dq", 0, q, k, dq), ("dk", 1, k, q, dk)):
         found = tables.within(pairs, which, grid[1] * grid[2], ROWS, grid[0], q.device)
         n_tiles, step, box = found.tiles.shape[0], *((KEYS[held],) * 2 if part == "dq" else (QUERIES, PIECE))
@@ -147,16 +171,39 @@ def backward(dmean, dlse, q, k, mean, lse, pairs, *, grid, scale, dq, dk, launch
             launch(f"amf_hopper_{part}_{cuda._NAMES[q.dtype]}_{held}", given, n_tiles * q.shape[1], THREADS, shared, reads, [out[b]])
 
 
-def _prepare(dmean, dlse, q, mean, lse, n_pairs: int, grid, launch):
-    """What each row's gradient says of its logits, float32 [B, G, P, S, 4]; whether blocks of 64 rows have any, int32 [B, G, P, blocks]; what
-    gradients are divided by, or None; and the centre of a frame."""
-    size, maps = grid[1] * grid[2], (*q.shape[:2], n_pairs)
-    blocks, centre = -(-size // cuda.BLOCK), ((grid[2] - 1) / 2, (grid[1] - 1) / 2)
-    slopes = q.new_empty((*maps, size, 4), dtype=torch.float32)
-    flags = q.new_empty((*maps, blocks), dtype=torch.int32)
-    given = [None if t is None else t.contiguous() for t in (dmean, dlse, None if dmean is None else mean, lse)]
-    unity = unity_of(*given[:2], grid) if q.dtype == torch.float16 else None
-    reads = [*given, unity]
-    prepare = cuda.Prepare(*cuda._addresses(*reads, slopes, flags), math.prod(maps), size, blocks, *centre)
-    launch("amf_prepare", prepare, -(-math.prod(maps) * blocks // 4), cuda.THREADS, 0, cuda._present(*reads), [slopes, flags])
-    return slopes, flags, unity, centre
+def _through_slabs(q, k, dq, dk, pairs, grid, scale, slopes, flags, unity, centre, launch) -> None:
+    slots, slab, total, padded = cuda._room(q, dq, dk, pairs, grid)
+    size, heads, dim = grid[1] * grid[2], q.shape[2], q.shape[4]
+    across, down = -(-heads * -(-dim // STEP) * STEP // WIDTH), -(-size // ROWS)
+    # A ring of stages of both operands, and a place for each warp's rows that leave, 64 channels at a time.
+    shared = HEAD + 2 * (STAGES * DEPTH * (ROWS + WIDTH) + ROWS * STEP)
+    for b, g, (frame, slot, n) in itertools.product(range(q.shape[0]), range(q.shape[1]), slots.slabs):
+        one = [t[b, g] for t in (q, k, slopes, flags)]
+        _slope(*one, slab, slots.slots, slot, n, frame, grid=grid, scale=scale, centre=centre, padded=padded, launch=launch)
+        gradients = _boxes(launch, slab, (padded, size, n, 1), (n * padded, padded, 0), cuda.BLOCK)
+        for part, which, box, out, tiles, sums in (
+            ("dq", 1, DEPTH, dq[b, g], down, []), ("dk", 0, PIECE, dk[b, g], down * n, cuda._present(total)),
+        ):  # fmt: skip
+            given = Products(
+                gradients, _frames(launch, one[which][:, None], grid, box),
+                *cuda._addresses(one[0], *one[2:], unity, out, total, slots.slots, slots.shares), *one[0].stride()[:2], *out.stride()[:2],
+                size, slot, n, frame, heads, dim, flags.shape[-1], scale,
+            )  # fmt: skip
+            reads = [slab, one[which], *one[2:], *cuda._present(unity), slots.slots, slots.shares]
+            launch(f"amf_hopper_slab_{part}_{cuda._NAMES[q.dtype]}", given, tiles * across, THREADS, shared, reads, [out, *sums])
+
+
+def _slope(q, k, slopes, flags, slab, slots, slot, n, frame, *, grid, scale, centre, padded, launch) -> None:
+    """Fill ``slab``, [S, n, padded], with the gradients of the logits of a query frame; arguments as of :func:`.cuda._slope`. Blocks of 64
+    rows without gradient are left out."""
+    heads, _, dim = q.shape
+    size = grid[1] * grid[2]
+    sizes, boxes = (dim, size, heads, grid[0]), ((q, cuda.BLOCK), (k, SHARE))
+    given = SlabSlope(
+        *(_boxes(launch, t, sizes, (t.stride(1), t.stride(0), size * t.stride(1)), box) for t, box in boxes),
+        *cuda._addresses(slopes, flags, slab, slots), cuda._frame(grid), slot, n, frame, heads, dim, flags.shape[-1], padded, *centre, scale,
+    )  # fmt: skip
+    tiles = -(-size // (CLUSTER * ROWS)) * CLUSTER * -(-size // (2 * COLUMNS)) * n
+    # A ring of chunks of both, and the rows that leave.
+    shared = HEAD + 2 * (STAGES * STEP * (ROWS + 2 * COLUMNS) + ROWS * COLUMNS)
+    launch(f"amf_hopper_slope_{cuda._NAMES[q.dtype]}", given, tiles, THREADS, shared, [q, k, slopes, flags, slots], [slab])
