@@ -168,6 +168,7 @@ VK_DEVICE void forward_wide(const Forward& g) {
       const i32 first = task.piece(0).target * g.frame.size;
       for (i32 key = 0; key < g.frame.size; key += KEYS)
         p.bring(rows.BYTES, rows, g.k, first + key, key + COLUMNS < g.frame.size ? KEYS : COLUMNS, task.group, task.batch);
+      p.leave();
     }
   } else {
     registers_up<MANY>();
@@ -186,7 +187,6 @@ VK_DEVICE void forward_wide(const Forward& g) {
     }
     finish(r, task.piece(i32(warp_index()) - 4), task.map, g);
   }
-  p.leave();
 }
 
 // Where the probabilities of all groups together are largest, and that mean probability: the products of a tile of keys group after group.
@@ -202,6 +202,7 @@ VK_DEVICE void vote(const Forward& g) {
       const i32 first = task.piece(0).target * g.frame.size;
       for (i32 key = 0; key < g.frame.size; key += COLUMNS)
         for (i32 group = 0; group < g.groups; ++group) p.bring(rows.BYTES, rows, g.k, first + key, COLUMNS, group, task.batch);
+      p.leave();
     }
   } else {
     registers_up<MANY>();
@@ -248,7 +249,6 @@ VK_DEVICE void vote(const Forward& g) {
       if (g.top != nullptr) store(g.top + at, best[h] / float(g.groups));
     }
   }
-  p.leave();
 }
 
 }  // namespace amf

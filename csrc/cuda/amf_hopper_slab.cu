@@ -205,7 +205,8 @@ VK_DEVICE void slab_dk(const Products& g) {
   const i32 key_first = pid % down * ROWS, which = pid / down / across;
   const Stages at{pid / down % across * PANELS};
   const Ring<STAGES> ring = at.ring();
-  const auto live = [&](i32 row) { return load(g.flags + g.pair(which) * g.blocks + row / HALF) != 0; };
+  const i32* flags = g.flags + g.pair(which) * g.blocks;
+  const auto live = [&](i32 row) { return load(flags + row / HALF) != 0; };
   if (thread_index() == 0) ring.make(1 + 4, READERS);  // the slab, and rows from each of the producer's warps
   block_barrier();
   if (group_index() == 0) {
@@ -228,6 +229,15 @@ VK_DEVICE void slab_dk(const Products& g) {
     const bool holds = span.holds(g, lane % 8 * CHUNK);
     const T* q = static_cast<const T*>(g.q);
     const T* mine = q + g.first_token(g.query) * g.q_token + span.head * g.q_head + span.channel + lane % 8 * CHUNK;
+    if (load(g.shares + (g.slot + which) * 2) == 0 && key_first + i32(thread_index()) < g.size) {
+      // What this tile's sums are added to is wanted all at once, when they are there.
+      const i64 row = g.first_token(g.target(which)) + key_first + i32(thread_index());
+      VK_UNROLL
+      for (i32 p = 0; p < PANELS; ++p) {
+        const Span s = spans.of[p];
+        if (s.head < g.heads) prefetch(g.sum + (row * g.heads + s.head) * g.dim + s.channel, u32(g.dim - s.channel < STEP ? g.dim - s.channel : STEP) * 4);
+      }
+    }
     u32 filled = 0;  // bit n: this warp's threads copied for use i - 1 - n, and it has not said that they are done
     const auto say = [&](i32 i) {
       async_fence();

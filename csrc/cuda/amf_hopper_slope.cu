@@ -95,6 +95,7 @@ VK_DEVICE void slope(const SlabSlope& g) {
       };
       const u32 halves = (tile.live & 1) + (tile.live >> 1);
       chunks.bring(halves * (BLOCK * STEP * 2), rows, g.k, tile.first, both ? KEYS : COLUMNS, 0, tile.target);
+      chunks.leave();
     }
   } else {
     registers_up<MANY>();
@@ -102,7 +103,6 @@ VK_DEVICE void slope(const SlabSlope& g) {
     else if (both) tile.template make<2>(chunks);
     else tile.template make<1>(chunks);
   }
-  chunks.leave();
 }
 
 }  // namespace amf

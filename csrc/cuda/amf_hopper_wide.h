@@ -52,11 +52,11 @@ struct Chunks {
     for (i32 c = 0; c < count; ++c, ++i) {
       ring.wait_full(i);
       products_begin();
+      // Of all tiles at once: each product reads the rows anew.
+      auto& sums = reinterpret_cast<Accumulator(&)[TILES * COLUMNS / 8]>(s);
       VK_UNROLL
       for (i32 k = 0; k < STEP / 16; ++k)
-        VK_UNROLL
-        for (i32 n = 0; n < TILES; ++n)
-          warpgroup_product<T, COLUMNS>(s[n], left(i).depth_along(row, k), right(i).depth_along(n * COLUMNS, k), c + k > 0);
+        warpgroup_product<T, TILES * COLUMNS>(sums, left(i).depth_along(row, k), right(i).depth_along(0, k), c + k > 0);
       products_commit();
       if (c == 0) continue;
       products_wait<1>();
@@ -72,10 +72,10 @@ struct Chunks {
       release(i);
     }
   }
-  // At the end, by all: the other block may still copy to this one, and arrive here. Warps come whole.
-  static VK_DEVICE void leave() {
-    warp_barrier();
-    cluster_barrier();
+  // At the end, by the thread that brings: until the other block has copied what it copies to this one, and will not arrive here any more.
+  VK_DEVICE void leave() const {
+    VK_UNROLL
+    for (i32 n = 0; n < STAGES; ++n) ring.wait_empty(i + n);
   }
 };
 

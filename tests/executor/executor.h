@@ -28,6 +28,7 @@ void read_shared(void* to, uint32_t from, uint32_t bytes, Where);
 void write_shared(uint32_t to, const void* from, uint32_t bytes, Where);
 
 void copy_async(uint32_t to, const void* from, uint32_t bytes, Where);
+void prefetch(const void* from, uint32_t bytes, Where);
 void copies_commit();
 void copies_wait(int still_under_way);
 

@@ -276,6 +276,14 @@ void write_shared(uint32_t to, const void* from, uint32_t bytes, Where at) {
   std::memcpy(self->block->bytes.data() + to, from, bytes);
 }
 
+// cp.async.bulk.prefetch.L2: "Data Movement and Conversion Instructions"; address and size are multiples of 16.
+void prefetch(const void* from, uint32_t bytes, Where at) {
+  perhaps_switch();
+  if (bytes % 16) fail("fetch of " + std::to_string(bytes) + " bytes at " + text(at) + ", expected a multiple of 16");
+  check_aligned(from, 16, at);
+  check_global(from, bytes, false, at);
+}
+
 void copy_async(uint32_t to, const void* from, uint32_t bytes, Where at) {
   perhaps_switch();
   check_shared(to, 16, at);

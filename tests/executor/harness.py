@@ -195,7 +195,7 @@ def nvcc() -> str | None:
 
 # What stands in the machine code, by the instruction's first word but for accesses of global memory, which say their width.
 _INSTRUCTIONS = re.compile(
-    r"\b(?:HMMA|HGMMA|UTMALDG|UTMASTG|USETMAXREG|SYNCS|WARPGROUP|LDGSTS|LDSM|LDG\.E|STG\.E|STL|LDL|BAR|SHFL)[.\w]*"
+    r"\b(?:HMMA|HGMMA|UTMALDG|UTMASTG|UBLKPF|USETMAXREG|SYNCS|WARPGROUP|LDGSTS|LDSM|LDG\.E|STG\.E|STL|LDL|BAR|SHFL)[.\w]*"
 )
 # ptxas could not run products of a warpgroup beside other instructions and waits for each (C7510 to C7520, and in which function); or it
 # does not know how many registers setmaxnreg begins from (C7508, of which function it does not say).

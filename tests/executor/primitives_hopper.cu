@@ -201,13 +201,14 @@ VK_KERNEL(64) VK_CLUSTER(2) halves(const VK_PARAMETER Boxes p) {
 }
 VK_ENTRY_CLUSTER(halves, Boxes, 2)
 
-// 384 threads: one warpgroup gives registers back, and two take them.
+// 384 threads: one warpgroup gives registers back, and two take them. What is read is fetched into the L2 cache, 16 bytes at a time.
 VK_KERNEL_ALONE(384) shares(const Values p) {
   if (thread_index() < 128) {
     registers_down<24>();
   } else {
     registers_up<240>();
   }
+  if (thread_index() % 4 == 0) prefetch(p.from + thread_index(), 16);
   store(p.to + thread_index(), load(p.from + thread_index()));
 }
 VK_ENTRY(shares, Values)

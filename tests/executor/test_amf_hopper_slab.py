@@ -272,6 +272,10 @@ FAULTS = {
     "dk: a share not kept": ("    if (!last_share)\n", "    if (false)\n"),
     "dk: another slot's share": ("load(g.shares + (g.slot + which) * 2) != 0", "load(g.shares + which * 2) != 0"),
     "dk: a key too many": ("key + n < g.size && span", "key + n <= g.size && span"),
+    "dk: said by a warp that is not there": ("      async_fence();\n      warp_barrier();\n", "      async_fence();\n"),
+    "released by a warp that is not there": ("    warp_barrier();\n    if (leads()) mbarrier_arrive(empty(i));", "    if (leads()) mbarrier_arrive(empty(i));"),
+    "dk: sums fetched of a key too many": ("key_first + i32(thread_index()) < g.size", "true"),
+    "dk: sums fetched of another channel": ("+ s.channel, u32(g.dim", "+ s.channel + 1, u32(g.dim"),
     "dk: sums of a key too many": ("key + row < g.size && span.head", "key + row <= g.size && span.head"),
 }  # fmt: skip
 
@@ -303,4 +307,5 @@ def test_machine_code():
         assert code["UTMALDG"] and code["USETMAXREG"] == 2 and code["STG.E.128"] and "HMMA" not in code, (name, code)
         # Stages stand in the code twice, the first and those in the loop: 4 times 16 of depth; of dQ also in two parts.
         assert code["HGMMA"] == (16 if "_dq_" in name else 8), (name, code)
-        assert bool(code.get("LDGSTS")) == ("_dk_" in name), (name, code)
+        # Rows brought by threads, and sums that are fetched ahead, a panel at a time.
+        assert bool(code.get("LDGSTS")) == ("_dk_" in name) and code.get("UBLKPF", 0) == (4 if "_dk_" in name else 0), (name, code)

@@ -189,9 +189,9 @@ def test_values_that_are_not_seen(launch):
 
 # ---- what is computed -----------------------------------------------------------------------------------------------------
 def test_what_is_computed(program):
-    """Products of warpgroups with a gradient alone, each of 16 channels by 128 keys; boxes of 64 channels: of keys for the clusters that
-    have one, of rows for such blocks of 64. Frames have 300 patches: five blocks of rows, in clusters of four, and three times 128 keys."""
-    chunks, keys, boxes = 3, 2 + 1, 4 + 2  # of the heads; times 128; of 64 keys each
+    """Products of warpgroups with a gradient alone, each of 16 channels by up to 256 keys; boxes of 64 channels: of keys for the clusters
+    that have one, of rows for such blocks of 64. Frames have 300 patches: five blocks of rows, in clusters of four, and 256 and 128 keys."""
+    chunks, keys, boxes = 3, 2, 4 + 2  # of the heads; tiles of keys; of 64 keys each
     for blocks in ((), (0,), (2, 3), (0, 4), range(5)):
         live = torch.zeros(1, 300, dtype=torch.bool)
         for b in blocks:
@@ -231,7 +231,8 @@ FAULTS = {
     "passed by without a wait": ("      ring.wait_full(i);\n      release(i);", "      release(i);"),
     "passed by without a release": ("      ring.wait_full(i);\n      release(i);", "      ring.wait_full(i);"),
     "barriers before the other block's": ("    cluster_barrier();\n  }\n  static", "    block_barrier();\n  }\n  static"),
-    "gone before the other block": ("    warp_barrier();\n    cluster_barrier();\n  }", "    warp_barrier();\n  }"),
+    "gone before the other block": ("n < STAGES; ++n) ring.wait_empty(i + n)", "n < 0; ++n) ring.wait_empty(i + n)"),
+    "gone before the last stage": ("n < STAGES; ++n) ring.wait_empty(i + n)", "n < STAGES - 1; ++n) ring.wait_empty(i + n)"),
     "both blocks bring the same keys": ("n = rank * SHARE; n < keys", "n = 0; n < keys"),
     "halves of the keys swapped": ("map, channel, key + n, z", "map, channel, key + (n ^ SHARE), z"),
     "keys for this block alone": ("u16((1 << CLUSTER) - 1)", "u16(1 << rank)"),
@@ -240,7 +241,7 @@ FAULTS = {
     "the chunk before": ("channel = c % each * STEP;", "channel = c / each * STEP;"),
     "another head": ("z = group + c / each", "z = group + c % each"),
     "each chunk anew": ("c + k > 0", "k > 0"),
-    "the first keys twice": ("right(i).depth_along(n * COLUMNS, k)", "right(i).depth_along(0, k)"),
+    "keys from the eighth on": ("right(i).depth_along(0, k), c +", "right(i).depth_along(8, k), c +"),
     "rows of the other warpgroup": ("row = (group_index() - 1) * 64;", "row = (2 - group_index()) * 64;"),
     "half a step of depth": ("k % 4 * 32); }", "k % 4 * 16); }"),
     "one block goes alone": ("if (tile.cluster_live == 0) return;", "if (tile.live == 0) return;"),

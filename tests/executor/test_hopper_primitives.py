@@ -223,6 +223,9 @@ FAULTS = {
     "more that are fewer": ("shares", ("registers_up<240>", "registers_up<160>"), f"setmaxnreg.inc to 160 at {LINE}, where each thread has 168"),
     "no multiple of 8": ("shares", ("registers_down<24>", "registers_down<28>"), f"setmaxnreg.dec to 28 at {LINE}, expected a multiple of 8 from 24 to 256"),
     "three warps of four": ("shares", ("if (thread_index() < 128)", "if (thread_index() < 96)"), "waits for ever for setmaxnreg|the warps of a warpgroup part"),
+    "a fetch from anywhere": ("shares", ("prefetch(p.from + thread_index(), 16)", "prefetch(p.from + thread_index() + 2, 16)"), "not aligned to 16"),
+    "a fetch of anything": ("shares", ("prefetch(p.from + thread_index(), 16)", "prefetch(p.from + thread_index(), 8)"), f"fetch of 8 bytes at {LINE}, expected a multiple of 16"),
+    "a fetch of what is not there": ("shares", ("prefetch(p.from + thread_index(), 16)", "prefetch(p.from + 384, 16)"), f"read of 16 global bytes outside every tensor, at {LINE}"),
     "twice without a barrier": ("shares", ("registers_down<24>();", "registers_down<32>(), registers_down<24>();"), f"setmaxnreg.dec at {LINE} after the one at {LINE}, the warpgroup did not meet"),
 }  # fmt: skip
 
@@ -255,5 +258,5 @@ def test_a_broken_rule_is_told(faulty, fault):
 def test_nvcc_makes_the_instructions_that_are_meant():
     code = machine_code(SOURCE, "90a")
     assert code["box2"]["UTMALDG"] == code["box4"]["UTMALDG"] == 1 and code["halves"]["UTMALDG.MULTICAST"] >= 1
-    assert code["shares"]["USETMAXREG"] == 2
+    assert code["shares"]["USETMAXREG"] == 2 and code["shares"]["UBLKPF"] == 1
     assert all(not kernel["spilled"] for kernel in code.values())
