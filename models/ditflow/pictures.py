@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vidkern._files import replacing
 from vidkern.data import write_video
 
-INK, PAPER, MUTED = (31, 35, 40), (255, 255, 255), (110, 118, 129)
+INK, PAPER, MUTED, RULE = (31, 35, 40), (255, 255, 255), (110, 118, 129), (208, 212, 218)
 STILL = 0.25      # patches: shorter arrows are dots
 DENSE = 18        # pixels between arrows, at least
 
@@ -98,7 +98,7 @@ def arrows(frame, flow, size):
     image = _frame(frame, size, 0.35)
     draw, (height, width) = ImageDraw.Draw(image), flow.shape[:2]
     cell = size[0] / width, size[1] / height
-    step = max(1, math.ceil(DENSE / min(cell)))
+    step = _step(cell)
     for y in range(step // 2, height, step):
         for x in range(step // 2, width, step):
             start = ((x + 0.5) * cell[0], (y + 0.5) * cell[1])
@@ -119,8 +119,15 @@ def _arrow(draw, start, end, ink, still):
 
 
 def field(flow, size, top):
-    """Flow [h, w, 2] as colours, one block a patch."""
-    return picture(colours(flow, top).permute(2, 0, 1)).resize(size, Image.Resampling.NEAREST)
+    """Flow [h, w, 2] as colours, one block a patch, in a frame: at rest is white."""
+    image = picture(colours(flow, top).permute(2, 0, 1)).resize(size, Image.Resampling.NEAREST)
+    ImageDraw.Draw(image).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=RULE)
+    return image
+
+
+def _step(cell):
+    """Arrows and paths begin at every so many patches of `cell` (width, height) pixels."""
+    return max(1, math.ceil(DENSE / min(cell)))
 
 
 def trails(frame, paths, size):
@@ -128,7 +135,7 @@ def trails(frame, paths, size):
     image = _frame(frame, size, 0.35)
     draw, (height, width) = ImageDraw.Draw(image), paths.shape[1:3]
     cell = size[0] / width, size[1] / height
-    step = max(1, math.ceil(DENSE / min(cell)))
+    step = _step(cell)
     for y in range(step // 2, height, step):
         for x in range(step // 2, width, step):
             path = paths[:, y, x]
@@ -160,12 +167,15 @@ def sheet(frames, flow, path, title=""):
     top, top_all = _top(torch.stack([flow[pair] for pair in after])), _top(flow)
     font, small, gap, head = ImageFont.load_default(18), ImageFont.load_default(13), 8, 44
     small_size = tuple(max(16, side // 3) for side in size)
-    pairs = count * (small_size[0] + 4), count * (small_size[1] + 4)
+    pairs = count * (small_size[0] + 4) + 20, count * (small_size[1] + 4) + 18
     wide = max((len(after) + 1) * (size[0] + gap) + gap, pairs[0] + 2 * gap)
     canvas = Image.new("RGB", (wide, head + 2 * (size[1] + gap + 18) + 26 + pairs[1] + gap), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((gap, 8), title, font=font, fill=INK)
+    step = _step((size[0] / flow.shape[3], size[1] / flow.shape[2]))
     y, lower = head, head + size[1] + gap + 36
+    if step > 1:
+        draw.text((gap, lower - 18), f"every patch (above: one in {step**2})", font=small, fill=MUTED)
     for (f, to), x in zip(after, range(gap, wide, size[0] + gap)):
         draw.text((x, y), f"frame {f} to {to}", font=small, fill=MUTED)
         canvas.paste(arrows(frames[f], flow[f, to], size), (x, y + 18))
@@ -177,10 +187,13 @@ def sheet(frames, flow, path, title=""):
     canvas.paste(wheel(side), (x + (size[0] - side) // 2, lower))
     draw.text((x, lower - 18), f"rim: {top:.1f} patches or more (below: {top_all:.1f})", font=small, fill=MUTED)
     y = head + 2 * (size[1] + gap + 18) + 4
-    draw.text((gap, y), "all pairs: row = from frame, column = to frame", font=small, fill=MUTED)
+    draw.text((gap, y), "all pairs: from the row's frame to the column's; to itself: the mean match", font=small, fill=MUTED)
     for a in range(count):
+        draw.text((gap, y + 38 + a * (small_size[1] + 4) + small_size[1] // 2 - 8), str(a), font=small, fill=MUTED)
+        draw.text((gap + 20 + a * (small_size[0] + 4) + small_size[0] // 2 - 4, y + 20), str(a), font=small, fill=MUTED)
         for b in range(count):
-            canvas.paste(field(flow[a, b], small_size, top_all), (gap + b * (small_size[0] + 4), y + 20 + a * (small_size[1] + 4)))
+            at = gap + 20 + b * (small_size[0] + 4), y + 38 + a * (small_size[1] + 4)
+            canvas.paste(field(flow[a, b], small_size, top_all), at)
     with replacing(path) as fresh:
         canvas.save(fresh)
 
