@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from vidkern.errors import UserError
 
 from . import gpu_machine, gpu_report, machine, records
 from .gpu_job import Job, OutOfTime
+from .shapes import GRID
 
 STAGES = ("machine", "build", "verify", "sanitize", "time", "ops", "sweep", "profile")
 DEFAULT = STAGES[:-1]
+SHAPED = ("time", "sweep")  # the stages that --shape is for
 SWEEP_SHAPES = ("C", "A", "F")
 CUT = 3  # exit status of a run whose time was used up before all was measured
 
@@ -27,11 +30,15 @@ CUT = 3  # exit status of a run whose time was used up before all was measured
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m vidkern.bench.gpu", description=__doc__.split("\n")[0])
     p.add_argument("--stage", default=",".join(DEFAULT), help=f"of {', '.join(STAGES)}; separated by commas (default: %(default)s)")
-    p.add_argument("--shape", help="shapes of stages time and sweep, separated by commas (default: those of the stage)")
-    p.add_argument("--out", type=Path, help="folder of the results (default: bench/results of a checkout; otherwise, and with --dry-run, the user's)")
+    p.add_argument("--shape", help=f"of {', '.join(GRID)}; separated by commas; for stages {' and '.join(SHAPED)}, "
+                   "the other stages take none "
+                   f"(default: A to G for time, {', '.join(SWEEP_SHAPES)} for sweep and with --quick)")  # fmt: skip
+    p.add_argument("--out", type=Path, help="folder of the results, which lie in a folder of the device's name there (default: "
+                   "bench/results of a checkout; otherwise, and with --dry-run, vidkern/bench in the user's data folder)")  # fmt: skip
     p.add_argument("--minutes", type=float, default=9.0, help="of each stage (default: %(default)s)")
-    p.add_argument("--quick", action="store_true", help="three shapes, three rounds, part of the sweep and of the verification")
-    p.add_argument("--fresh", action="store_true", help="measure anew what is there already")
+    p.add_argument("--quick", action="store_true",
+                   help="three shapes, three rounds, three other ops, part of the sweep and of the verification")  # fmt: skip
+    p.add_argument("--fresh", action="store_true", help="measure anew what is there already (with --shape: of these shapes)")
     p.add_argument("--dry-run", action="store_true", help="no GPU: every stage's code on the CPU with tiny shapes")
     return p
 
@@ -60,11 +67,16 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(
             f"torch {torch.__version__} finds no CUDA device on this machine; --dry-run walks through the stages without one"
         )
-    _check_shapes(args.shape)
+    shapes = _shapes(args.shape, names)
     where = args.out or (records.users_dir() if args.dry_run else records.default_dir())
     folder = records.folder(where, machine.slug("cpu" if args.dry_run else "cuda"))
+    _check_out(where, folder, args.out is not None)
+    if args.dry_run:
+        print("a dry run: the code of every stage with tiny shapes on the CPU; its times say nothing of a GPU or of a real shape")
+    if shapes and (others := [n for n in names if n not in SHAPED]):
+        print(f"--shape {','.join(shapes)} is for {', '.join(n for n in names if n in SHAPED)}; {', '.join(others)} run as without it")
     if len(names) == 1 or args.dry_run:
-        states = [run_stage(name, job_of(args, folder), args.shape and args.shape.split(",")) for name in names]
+        states = [run_stage(name, job_of(args, folder), shapes if name in SHAPED else None) for name in names]
     else:
         # A crash of one stage must not take the others' CUDA context with it, and a stuck one has to end.
         states = [_in_a_process(name, args) for name in names]
@@ -75,17 +87,33 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if any(s not in (0, CUT) for s in states) else max(states)  # CUT is more than 0
 
 
-def _check_shapes(given: str | None) -> None:
-    from .shapes import GRID
-
-    for name in given.split(",") if given else ():
+def _shapes(given: str | None, stages: Sequence[str]) -> list[str] | None:
+    """The shapes that ``--shape`` names, or None for those of each stage."""
+    if given is None:
+        return None
+    found = list(dict.fromkeys(n.strip() for n in given.split(",")))
+    for name in found:
         if name not in GRID:
             raise UserError(f"--shape: {name!r}, expected some of {', '.join(GRID)}")
+    if not set(stages) & set(SHAPED):
+        raise UserError(f"--shape: {given!r} with --stage {','.join(stages)}, expected a stage that takes shapes: {' or '.join(SHAPED)}")
+    return found
+
+
+def _check_out(where: Path, folder: Path, given: bool) -> None:
+    """That results can be written, before the first stage measures some."""
+    try:
+        (folder / "gpu").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / "gpu"):
+            pass
+    except OSError as error:
+        name = repr(str(where)) if given else f"not given, its default {str(where)!r}"
+        raise UserError(f"--out: {name}, expected a folder that can be made and written to ({error.strerror or error})") from None
 
 
 def _in_a_process(name: str, args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "vidkern.bench.gpu", "--stage", name, "--minutes", str(args.minutes)]
-    for option in ("shape", "out"):
+    for option in ("shape", "out") if name in SHAPED else ("out",):
         if getattr(args, option):
             command += [f"--{option}", str(getattr(args, option))]
     command += [f"--{option}" for option in ("quick", "fresh") if getattr(args, option)]
@@ -121,7 +149,7 @@ def run_stage(name: str, job: Job, shapes: Sequence[str] | None = None) -> int:
 
     start = time.monotonic()
     if job.fresh:
-        job.forget(name)
+        job.forget(name, shapes)
     with tqdm(desc=name, unit="step", dynamic_ncols=True, leave=False, disable=True if job.dry else None) as bar:
 
         def tick(what: str) -> None:
@@ -172,37 +200,40 @@ def _build(job: Job, shapes, tick: Callable, say: Callable) -> int:
     from vidkern.verify import probes
     from vidkern.verify.rooms import room
 
+    from .gpu_ops import reason_of
+
     found = job.done("build")
-    if found is None:
+    if found is None or "first_call_failed" not in found:
         info = vidkern.info()
-        found = {"versions": info.versions, "cpu": info.cpu, "cuda": info.cuda, "ops": info.ops, "first_call_seconds": {}}
+        found = {"versions": info.versions, "cpu": info.cpu, "cuda": info.cuda, "ops": info.ops,
+                 "first_call_seconds": {}, "first_call_failed": {}, "not_served": {}}  # fmt: skip
         tick("CUDA sources")
         found["machine_code"] = machine_code(job.device)
         for name, op in registry.ops().items():
             r = room(name)
             for backend in op.backends:
                 tick(f"{name} {backend.name}")
-                start = time.perf_counter()
+                key, start = f"{name} {backend.name}", time.perf_counter()
                 try:
                     probes.same_bits(r, r.samples[0], torch.bfloat16, backend.name, job.device)
                     if job.device == "cuda":
                         torch.cuda.synchronize()
-                    state = time.perf_counter() - start
-                except Exception as error:  # that it cannot serve, or does not compile, is what this stage is to find out
-                    state = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                found["first_call_seconds"][f"{name} {backend.name}"] = state
+                    found["first_call_seconds"][key] = time.perf_counter() - start
+                except registry.BackendUnavailable as error:
+                    found["not_served"][key] = reason_of(str(error))
+                except Exception as error:  # that it does not compile is what this stage is to find out
+                    found["first_call_failed"][key] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         found = job.save("build", found)
     say(str(vidkern.info()))
     broken = 0
     for stem, code in found["machine_code"].items():
         say(f"  {stem}.cu: {code.get('reason') or code['from']}, {code['seconds']:.1f} s")
         broken += "does not compile" in code.get("reason", "")
-    for name, state in found["first_call_seconds"].items():
-        if isinstance(state, str) and state.startswith("BackendUnavailable"):
-            continue
-        say(f"  first call of {name}: {state if isinstance(state, str) else f'{state:.2f} s'}")
-        broken += isinstance(state, str)
-    return 1 if broken else 0
+    for name, seconds in found["first_call_seconds"].items():
+        say(f"  first call of {name}: {seconds:.2f} s")
+    for name, reason in found["first_call_failed"].items():
+        say(f"  first call of {name}: {reason}")
+    return 1 if broken or found["first_call_failed"] else 0
 
 
 def _verify(job: Job, shapes, tick: Callable, say: Callable) -> int:
@@ -267,7 +298,7 @@ def _ops(job: Job, shapes, tick: Callable, say: Callable) -> int:
 def _sweep(job: Job, shapes, tick: Callable, say: Callable) -> int:
     from . import gpu_sweep
 
-    gpu_sweep.run(job, [n for n in shapes or SWEEP_SHAPES if n in gpu_sweep.HEADS], tick, say)
+    gpu_sweep.run(job, shapes or SWEEP_SHAPES, tick, say)
     return 0
 
 

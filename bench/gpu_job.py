@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,8 +56,12 @@ class Job:
     def path(self, name: str) -> Path:
         return self.folder / "gpu" / name
 
-    def forget(self, stage: str) -> None:
-        """Delete everything of a stage."""
+    def forget(self, stage: str, shapes: Sequence[str] | None = None) -> None:
+        """Delete everything of a stage, or what it has of the shapes named."""
+        if shapes:
+            for path in [p for name in shapes for p in self.path(stage).glob(f"{name}-*")]:
+                path.unlink(missing_ok=True)
+            return
         self.path(f"{stage}.json").unlink(missing_ok=True)
         shutil.rmtree(self.path(stage), ignore_errors=True)
 
@@ -67,7 +72,7 @@ class Job:
 
     def save(self, name: str, content: dict) -> dict:
         """Keep a result, whole or not at all."""
-        content = {**content, "stamp": self.stamp}
+        content = {"dry": self.dry, **content, "stamp": self.stamp}
         records.write_text(self.path(f"{name}.json"), json.dumps(content, indent=1, sort_keys=True) + "\n")
         return content
 
@@ -92,6 +97,11 @@ class Job:
             if row.get("stamp") == self.stamp:
                 found.append(row)
         return found
+
+
+def is_dry(record: dict) -> bool:
+    """Whether a saved record is of a dry run, whose times say nothing."""
+    return bool(record.get("dry") or record.get("stamp", {}).get("dry"))
 
 
 def load(path: Path) -> dict | None:

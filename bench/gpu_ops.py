@@ -26,6 +26,7 @@ OPS = {
 }
 QUICK = ("attention_motion_flow", "pruned_linear", "pyramid_flow_inputs")
 DTYPE = gpu_time.DTYPE
+LEFT_OUT = "is compiled at first use, left out of a dry run"
 SECONDS = 15.0  # of the timed rounds of one block
 NEEDED = 40.0  # seconds that a block may take, compiling included
 
@@ -58,8 +59,13 @@ def prepare(peer: Peer, block: blocks.Block, suite: Suite, problem: Problem, rig
     """As ``block.prepare``; a backend that cannot serve the problem is not run rather than failed."""
     row, call = blocks.prepare(peer, block, suite, problem, right)
     if row["status"] == "failed" and row["reason"].startswith("BackendUnavailable"):
-        row["status"] = "not run"
+        row |= {"status": "not run", "reason": reason_of(row["reason"])}
     return row, call
+
+
+def reason_of(text: str) -> str:
+    """Why a backend cannot serve, out of the sentence of a BackendUnavailable that names backend and op as well."""
+    return text.partition("cannot serve this call of ")[2].partition(": ")[2] or text
 
 
 def measure(job: Job, op: str, name: str, mode: str, tick: Callable[[str], None]) -> dict:
@@ -67,12 +73,15 @@ def measure(job: Job, op: str, name: str, mode: str, tick: Callable[[str], None]
     suite = peers.load(op)
     shape, rule = suite.scaled(suite.shapes[name], job.device)
     problem = suite.problem(shape, DTYPES[DTYPE], job.device)
-    block = blocks.Block(op, name, DTYPE, mode, device=job.device, quick=job.quick or job.dry)
+    block = blocks.Block(op, name, DTYPE, mode, device=job.device, quick=job.quick)
     tick("reference")
     right = suite.reference(problem, mode)
     rows, calls = [], {}
     for peer in (*(ours(suite, b) for b in backends(op)), *suite.peers):
         tick(peer.name)
+        if job.dry and peer.compiles and blocks.why_not(peer, block, problem.shape) is None:
+            rows.append({"name": peer.name, "group": peer.group, "status": "not run", "reason": LEFT_OUT})
+            continue
         row, call = prepare(peer, block, suite, problem, right)
         rows.append(row)
         if call is not None:
@@ -120,7 +129,7 @@ def plan(job: Job, table: dict[str, Sequence[str]]) -> list[tuple[str, str, str]
 
 def run(job: Job, tick: Callable[[str], None], say: Callable[[str], None] = print) -> list[dict]:
     """Every block that is not there yet; each is on disk as soon as it is measured."""
-    found = []
+    found, told = [], set()
     for op, name, mode in plan(job, OPS):
         key = f"ops/{op}-{name}-{DTYPE}-{mode}"
         block = job.done(key)
@@ -128,15 +137,15 @@ def run(job: Job, tick: Callable[[str], None], say: Callable[[str], None] = prin
             job.need(0.05 if job.dry else NEEDED)
             torch._dynamo.reset()  # compilations of other shapes count towards the limit at which it gives up
             block = job.save(key, measure(job, op, name, mode, lambda what: tick(f"{op} {name} {mode}: {what}")))
-            say(render(block))
+            say(render(block, told))
         found.append(block)
         if job.device == "cuda":
             torch.cuda.empty_cache()
     return found
 
 
-def render(block: dict) -> str:
-    """A block as a table."""
+def render(block: dict, told: set | None = None) -> str:
+    """A block as a table. What is in ``told``, a candidate and why it has no time, is not explained again; the rest joins it."""
     from .table import _number, align
 
     lines = [("candidate", "ms", "TFLOP/s", "GB/s", "% limit", "time / ours", "first call s")]
@@ -146,9 +155,14 @@ def render(block: dict) -> str:
             r["name"], _number(r["seconds"]["median"] * 1e3), _number(r["tflops"]), _number(r["gbytes"]), f"{100 * r['of_limit']:.1f}",
             ratio, _number(r.get("first_call_seconds")),
         ))  # fmt: skip
+    told = set() if told is None else told
+    others = [(r, (r["name"], r["status"], r["reason"])) for r in block["rows"] if r["status"] != "timed"]
+    again = [r["name"] for r, key in others if key in told]
     text = [
         f"{block['op']} {block['shape']['name']} {block['dtype']} {block['mode']}, {block['rounds']} rounds",
         *align(lines),
-        *(f"{r['name']}: {r['status']}: {r['reason']}" for r in block["rows"] if r["status"] != "timed"),
+        *(": ".join(key) for _, key in others if key not in told),
+        *([f"without a time, as said above: {'; '.join(again)}"] if again else []),
     ]
+    told.update(key for _, key in others)
     return "\n".join(text) + "\n"

@@ -28,8 +28,11 @@ from .shapes import GRID, GridShape
 from .suite import DTYPES, Problem
 
 KINDS = ("forward", "dq", "dkv")
-HEADS = {"A": 16, "C": 4, "F": 6}
+# Heads of the large shapes: a call of some milliseconds tells a configuration's speed. The others have all of theirs.
+HEADS = {"A": 16, "B": 16, "C": 4, "D": 1, "E": 1, "F": 6, "G": 1}
 SAMPLES = 7
+RATE = "speed over that of the fastest one, the geometric mean over the shapes of that head dim"
+STAND_IN = "a dry run on a tiny shape: the order is chance, and a CPU's configurations are stand-ins that change nothing"
 # A wrong configuration is far off; two right ones differ in the order of their sums.
 ALLOWED = 2e-2
 
@@ -93,7 +96,7 @@ def file_of(name: str, kind: str, backend: str) -> str:
 
 
 def shape_of(name: str, dry: bool) -> GridShape:
-    return gpu_time.tiny(GRID[name]) if dry else replace(GRID[name], heads=HEADS[name])
+    return gpu_time.tiny(GRID[name]) if dry else replace(GRID[name], heads=HEADS.get(name, GRID[name].heads))
 
 
 def shared_memory(device: str) -> int:
@@ -168,13 +171,15 @@ def measure(call: Callable, config, kind: str, right: tuple, configs, timer) -> 
 
 def run(job: Job, shapes, tick: Callable[[str], None], say: Callable[[str], None] = print) -> dict:
     """Every configuration of every kernel on every shape; each row is on disk as soon as it is measured."""
-    tried = []
-    for name in shapes:
-        problem = suite_of.problem(shape_of(name, job.dry), DTYPES[gpu_time.DTYPE], job.device)
-        for backend, kind in itertools.product(backends(job, problem), KINDS):
-            _one(job, name, problem, kind, backend, tick, say)
-            tried.append((backend, kind, name))
-    best = job.save("sweep", summary(job, tried))
+    try:
+        for name in shapes:
+            problem = suite_of.problem(shape_of(name, job.dry), DTYPES[gpu_time.DTYPE], job.device)
+            for backend, kind in itertools.product(backends(job, problem), KINDS):
+                _one(job, name, problem, kind, backend, tick, say)
+    finally:
+        best = summary(job)
+        if any(best["counts"].values()):  # a run that was cut before its first row leaves the answer of an earlier one alone
+            best = job.save("sweep", best)
     say(render(best))
     return best
 
@@ -202,15 +207,22 @@ def _one(job: Job, name: str, problem: Problem, kind: str, backend: str, tick: C
 
 
 # ---- the answer -------------------------------------------------------------------------------------------------------
-def summary(job: Job, tried) -> dict:
-    """Of (backend, kernel, shape), per backend, kernel and head dim the best configurations: of each shape, and of all shapes of that head dim together.
+def measured(job: Job) -> list[tuple[str, str, str]]:
+    """(shape, kernel, backend) of every file of rows, also those of earlier runs on other shapes, in the order of their shapes."""
+    found = [tuple(path.stem.split("-", 2)) for path in job.path("sweep").glob("*-*-*.jsonl")]
+    order = {name: i for i, name in enumerate(GRID)}
+    return sorted((f for f in found if f[0] in order and f[1] in KINDS), key=lambda f: (order[f[0]], KINDS.index(f[1]), f[2]))
 
-    ``rate`` is a configuration's speed over the best one's, the geometric mean over the shapes.
-    """
+
+def summary(job: Job) -> dict:
+    """Of all rows that still hold, per backend, kernel and head dim the best configurations: of each shape, and of all shapes of that
+    head dim together, with their :data:`RATE`."""
     found: dict = {}
-    counts = {"timed": 0, "failed": 0, "wrong": 0}
-    for backend, kind, name in tried:
+    counts, heads = {"timed": 0, "failed": 0, "wrong": 0}, {}
+    for name, kind, backend in measured(job):
         rows = job.rows(file_of(name, kind, backend))
+        if rows:
+            heads[name] = shape_of(name, job.dry).heads
         for row in rows:
             counts[row["status"]] += 1
         if timed := sorted((r for r in rows if r["status"] == "timed"), key=lambda r: r["ms"]):
@@ -226,11 +238,18 @@ def summary(job: Job, tried) -> dict:
             "together": [{**json.loads(k), "rate": round(rates[k], 3)} for k in ranked],
             **{n: [{**json.loads(r["key"]), "ms": round(r["ms"], 4)} for r in rows[:4]] for n, rows in by_shape.items()},
         }
-    return {"dtype": gpu_time.DTYPE, "heads": HEADS, "best": best, "counts": counts}
+    return {"dtype": gpu_time.DTYPE, "heads": heads, "best": best, "counts": counts,
+            "about": {"rate": RATE, **({"dry": STAND_IN} if job.dry else {})}, "dry": job.dry}  # fmt: skip
 
 
 def render(best: dict) -> str:
-    lines = [f"sweep: {', '.join(f'{n} {state}' for state, n in best['counts'].items())}"]
+    shapes = ", ".join(best["heads"]) or "no shape"
+    lines = [f"sweep: {', '.join(f'{n} {state}' for state, n in best['counts'].items())}, on {shapes}"]
+    if not best["heads"]:
+        return f"{lines[0]}: no backend that serves here has configurations to try"
+    if best["dry"]:
+        lines.append(f"  {STAND_IN}")
+    lines.append(f"  each configuration with its rate: {RATE}")
     for backend, kinds in best["best"].items():
         for kind, dims in kinds.items():
             for dim, found in dims.items():

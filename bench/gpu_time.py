@@ -286,7 +286,7 @@ def render(block: dict, judged: bool = True) -> str:
     timed = sorted((r for r in block["rows"] if r["status"] == "timed"), key=lambda r: -r["tflops"])
     lines = [head]
     for r in timed:
-        dense = f" ({r['heads']} heads; dense FLOPs, {r['useful_tflops']:.0f} useful)" if r["group"] == "dense" else ""
+        dense = f" ({r['heads']} heads; dense FLOPs, {_number(r['useful_tflops'])} useful)" if r["group"] == "dense" else ""
         ratio = f"{r['ratio']:.2f}" if r.get("ratio") else "-"
         lines.append((
             r["name"] + dense, _number(r["seconds"]["median"] * 1e3), _number(r["tflops"]), f"{100 * r['of_ceiling']:.1f}", ratio,
@@ -299,7 +299,7 @@ def render(block: dict, judged: bool = True) -> str:
         f"({block['ceiling']['name']})",
         *align(lines),
         *(f"{r['name']}: {r['status']}: {r['reason']}" for r in block["rows"] if r["status"] != "timed"),
-        *((f"  {v}" for v in targets.evaluate_gpu(block)) if judged else ["  a dry run: nothing is judged"]),
+        *((f"  {v}" for v in targets.evaluate_gpu(block)) if judged else [f"  a dry run, a stand-in for {s['name']}: nothing is judged"]),
     ]
     return "\n".join(text) + "\n"
 

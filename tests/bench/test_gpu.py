@@ -13,7 +13,7 @@ import torch
 from vidkern.bench import gpu, gpu_job, gpu_machine, gpu_ops, gpu_report, gpu_small, gpu_sweep, gpu_time, machine, targets
 from vidkern.bench.peers import _grid_attention_gpu as gpu_peers
 from vidkern.bench.peers import grid_attention as suite_of
-from vidkern.bench.shapes import GRID
+from vidkern.bench.shapes import GRID, forward_flops
 from vidkern.errors import UserError
 from vidkern.verify import command, warm
 
@@ -44,11 +44,16 @@ def one_op(monkeypatch):
 # ---- a whole dry run ----------------------------------------------------------------------------------------------------
 def test_dry_run_walks_through_every_stage(tmp_path, capsys, monkeypatch):
     one_op(monkeypatch)
-    words = ["--dry-run", "--stage", ",".join(gpu.STAGES), "--shape", "A", "--out", str(tmp_path)]
+    words = ["--dry-run", "--stage", ",".join(gpu.STAGES), "--shape", "A", "--out", str(tmp_path / "new" / "place")]
+    tmp_path = tmp_path / "new" / "place"
     assert gpu.main(words) == 0, capsys.readouterr()
     folder = tmp_path / machine.slug("cpu")
     said = capsys.readouterr().out
     assert all(f"{name}: complete" in said for name in gpu.STAGES)
+    assert said.startswith("a dry run: ")
+    assert "\n--shape A is for time, sweep; machine, build, verify, sanitize, ops, profile run as without it\n" in said
+    assert gpu_sweep.STAND_IN in said and ", 0 useful" not in said and "a dry run, a stand-in for A: nothing is judged" in said
+    assert "left out of a dry run" in said and "quick run" not in said and "BackendUnavailable" not in said
     report = json.loads((folder / "grid_attention-gpu.json").read_text())
     assert set(report) >= {"machine", "build", "verify", "sanitize", "time", "sweep", "profile", "targets"}
     assert report["machine"]["limits"]["copy"] and report["machine"]["versions"]["torch"] == torch.__version__
@@ -62,16 +67,23 @@ def test_dry_run_walks_through_every_stage(tmp_path, capsys, monkeypatch):
         assert ("vidkern cpu, with lse" in rows) == (block["mode"] == "fwd") != ("vidkern cpu, deterministic" in rows)
         assert rows["dense SDPA"]["useful_tflops"] < rows["dense SDPA"]["tflops"]
     assert report["time"][1]["new_grid"]["later_ms"] > 0
+    # Everything that it leaves says what it is.
+    assert report["dry"] and all(b["dry"] for b in report["time"]) and report["machine"]["dry"] and report["targets"] == {}
+    assert report["sweep"]["dry"] and report["sweep"]["heads"] == {"A": 2} and set(report["sweep"]["about"]) == {"rate", "dry"}
     together = report["sweep"]["best"]["cpu"]["dkv"]["16"]["together"]
     assert report["sweep"]["counts"] == {"timed": 12, "failed": 0, "wrong": 0} and {"block_m", "block_n", "rate"} <= set(together[0])
     with open(folder / "grid_attention-gpu.csv", newline="") as file:
         found = list(csv.DictReader(file))
     assert len(found) == sum(len(b["rows"]) for b in report["time"]) and float(found[0]["ms_median"]) > 0
+    assert {row["dry"] for row in found} == {"True"}
     assert (folder / "grid_attention-gpu.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not list(tmp_path.rglob("verified.json")), "a dry run verifies nothing"
     ops = json.loads((folder / "ops-gpu.json").read_text())
     assert [(b["op"], b["shape"]["name"], b["mode"]) for b in ops["ops"]] == [("pyramid_merge", "small", "fwd")]
-    assert ops["machine"]["limits"] and report["build"]["machine_code"] == {} and report["build"]["cuda"]["kept in"]
+    assert ops["dry"] and ops["machine"]["limits"] and report["build"]["machine_code"] == {} and report["build"]["cuda"]["kept in"]
+    build = report["build"]
+    assert {type(s) for s in build["first_call_seconds"].values()} == {float} and build["first_call_failed"] == {}
+    assert build["not_served"]["grid_attention hopper"] == "tensors are on cpu, it serves cuda"
 
     # The same command again finds everything there and measures nothing.
     monkeypatch.setattr(gpu_time, "measure", None)
@@ -88,11 +100,39 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "words, message",
-    [(["--stage", "magic"], "--stage: 'magic'"), (["--shape", "Z"], "--shape: 'Z'"), (["--minutes", "0"], "--minutes: 0.0")],
-)
+    [
+        (["--stage", "magic"], "--stage: 'magic'"), (["--shape", "Z"], "--shape: 'Z'"), (["--minutes", "0"], "--minutes: 0.0"),
+        (["--stage", "sweep", "--shape", "A,"], "--shape: '', expected some of A, B"),
+        (["--stage", "ops", "--shape", "C"], "--shape: 'C' with --stage ops, expected a stage that takes shapes: time or sweep"),
+    ],
+)  # fmt: skip
 def test_bad_arguments(words, message, capsys):
     assert gpu.main(["--dry-run", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_first_stage(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "run_stage", None)
+    a_file = tmp_path / "file"
+    a_file.write_text("kept")
+    for out in (a_file, a_file / "below"):
+        assert gpu.main(["--dry-run", "--out", str(out)]) == 2
+        said = capsys.readouterr()
+        expected = f"vidkern: error: --out: '{out}', expected a folder that can be made and written to ("
+        assert said.out == "" and said.err.startswith(expected) and said.err.count("\n") == 1
+    assert a_file.read_text() == "kept"
+    monkeypatch.setenv("XDG_DATA_HOME", str(a_file))
+    assert gpu.main(["--dry-run"]) == 2
+    assert "--out: not given, its default '" in capsys.readouterr().err
+
+
+def test_help_tells_the_shapes_of_a_stage(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    default = f"A to G for time, {', '.join(gpu.SWEEP_SHAPES)} for sweep and with --quick"
+    assert f"for stages time and sweep, the other stages take none (default: {default})" in said
+    assert sorted(gpu_time.SHAPES) == list("ABCDEFG") and gpu.SWEEP_SHAPES == gpu_time.QUICK_SHAPES
 
 
 # ---- cuts ---------------------------------------------------------------------------------------------------------------
@@ -138,6 +178,42 @@ def test_a_sweep_goes_on_after_a_cut_and_a_torn_line(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_sweep, "measure", lambda *args: count.append(1) or real(*args))
     best = gpu_sweep.run(job(tmp_path), ["A"], nothing, nothing)
     assert len(count) == 12 - 5 and best["counts"]["timed"] >= 11
+
+
+def test_a_sweep_of_one_shape_leaves_the_others_their_answers(tmp_path, capsys):
+    words = ["--dry-run", "--stage", "sweep", "--out", str(tmp_path), "--shape"]
+    path = tmp_path / machine.slug("cpu") / "gpu" / "sweep.json"
+    best = {}
+    for shapes, counted in (("A, F", 24), ("B", 36), ("A", 36), ("H,H", 48)):  # every shape can be swept
+        assert gpu.main([*words, shapes]) == 0
+        best = json.loads(path.read_text())
+        assert best["counts"] == {"timed": counted, "failed": 0, "wrong": 0}, capsys.readouterr()
+    assert list(best["heads"]) == ["A", "B", "F", "H"] and set(best["best"]["cpu"]["dq"]["16"]) == {"together", "A", "B", "F", "H"}
+    assert "48 timed, 0 failed, 0 wrong, on A, B, F, H\n" in capsys.readouterr().out
+    # Measured anew is the shape that is named; a run without time for a row leaves what there is.
+    one = path.with_name("sweep") / "F-dq-cpu.jsonl"
+    before = one.read_text()
+    assert gpu.main([*words, "A", "--fresh"]) == 0 and one.read_text() == before
+    assert json.loads(path.read_text())["counts"]["timed"] == 48
+    other = job(path.parent.parent, stamp={"version": 2}, seconds=0)
+    before = path.read_text()
+    with pytest.raises(gpu_job.OutOfTime):
+        gpu_sweep.run(other, ["A"], nothing, nothing)
+    assert path.read_text() == before
+
+
+def test_a_sweep_that_is_cut_sums_up_what_it_has(tmp_path, monkeypatch):
+    real = gpu_sweep._one
+    monkeypatch.setattr(gpu_sweep, "_one", lambda *args: 1 / 0 if args[3] == "dkv" else real(*args))
+    with pytest.raises(ZeroDivisionError):
+        gpu_sweep.run(job(tmp_path), ["C"], nothing, nothing)
+    assert set(gpu_job.load(tmp_path / "gpu" / "sweep.json")["best"]["cpu"]) == {"forward", "dq"}
+
+
+def test_every_shape_is_cut_to_calls_of_milliseconds_for_the_sweep():
+    assert all(gpu_time.GRID[n].heads % h == 0 for n, h in gpu_sweep.HEADS.items())
+    assert max(forward_flops(gpu_sweep.shape_of(n, False)) for n in GRID) < 10e12
+    assert gpu_sweep.shape_of("H", False) == GRID["H"] and gpu_sweep.shape_of("E", False).heads == 1
 
 
 def test_when_time_runs_short_what_is_prepared_is_timed(tmp_path, cheap):
@@ -215,6 +291,7 @@ def test_several_stages_are_processes_of_their_own(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(gpu_machine, "in_group", in_group)
     assert gpu.main(["--stage", "machine,time,sweep", "--out", str(tmp_path), "--minutes", "2", "--quick", "--shape", "C"]) == 1
     assert asked[1] == (["--stage", "time", "--minutes", "2.0", "--shape", "C", "--out", str(tmp_path), "--quick"], 160)
+    assert asked[0][0] == ["--stage", "machine", "--minutes", "2.0", "--out", str(tmp_path), "--quick"], "no stage gets what it refuses"
     said = capsys.readouterr().out
     assert "machine: complete; time: cut by time, run again to go on; sweep: ended with -11" in said
 
@@ -378,6 +455,50 @@ def test_targets_of_hopper_kernels_apply_to_their_shapes():
     assert not any("useful TFLOP/s" in v.text for v in targets.evaluate_gpu(found))
 
 
+# ---- the picture ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_picture_can_be_read(tmp_path, monkeypatch, dry):
+    """On a GPU as in a dry run, whose values are a thousandth of their ceiling: bars that fill their panel, values in one notation."""
+    from matplotlib import figure
+
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, format: drawn.append(self))
+    blocks = []
+    for name in "AB":
+        made = block(shape=name)
+        made["shape"] |= GRID[name].facts()
+        made["rows"][-1]["useful_tflops"] = 0.37
+        made |= {"dtype": "bfloat16", "dry": dry, "ceiling": {"name": "mm_bfloat16", "tflops": 750.0}}
+        if dry:
+            made["ceiling"]["name"] = "peak_bfloat16"
+            for row in made["rows"]:
+                row |= {key: row[key] * 1e-5 for key in ("tflops", "useful_tflops") if key in row}
+        blocks.append(made)
+    gpu_report.draw(blocks, {"device": "some-gpu"}, tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    said = [t.get_text().strip() for t in axes.texts]
+    width = drawn[0].get_figwidth() * drawn[0].dpi
+    assert len(drawn[0].axes) == 2 and width < 1600 and max(b.get_width() for b in axes.patches) > 0.6 * axes.get_xlim()[1]
+    title = drawn[0].get_suptitle()
+    if dry:
+        assert title.startswith("DRY RUN of grid attention") and axes.get_title(loc="left") == "stand-in for A, forward"
+        assert "off to the right: bf16 dot, registers, " in axes.get_xlabel() and not axes.lines
+    else:
+        assert "DRY" not in title and axes.get_title(loc="left") == "A: V8 T8 N144 H32 D128, forward"
+        assert axes.get_xlabel() == "useful TFLOP/s (line: torch.mm bf16, 750.0)" and len(axes.lines) == 1
+        assert said[:2] == ["0.4", "200.0"]
+    assert len({len(t.partition(".")[2]) for t in said}) == 1 and not any("e" in t for t in said)
+
+
+def test_a_rate_below_one_keeps_its_digits():
+    made = block()
+    made |= {"dtype": "bfloat16", "rounds": 3, "ceiling": {"name": "mm_bfloat16", "tflops": 750.0}}
+    made["shape"] |= GRID["C"].facts()
+    for row in made["rows"]:
+        row |= {"of_ceiling": 0.5, "heads": 2, "useful_tflops": 0.00716}
+    assert "dense SDPA, flash (2 heads; dense FLOPs, 0.00716 useful)" in gpu_time.render(made)
+
+
 def test_bad_op_has_no_suite():
     with pytest.raises(UserError):
-        gpu._check_shapes("nonsense")
+        gpu._shapes("nonsense", ["time"])

@@ -10,6 +10,7 @@ from vidkern import registry
 from vidkern.bench import gpu, gpu_job, gpu_ops, gpu_report, gpu_time, launch_cost, peers
 from vidkern.cuda import cubins, launcher
 from vidkern.errors import UserError
+from vidkern.verify import probes
 
 
 def job(folder, **changes):
@@ -52,7 +53,12 @@ def test_every_backend_that_serves_has_a_row_and_a_rerun_measures_nothing(tmp_pa
         rows = {r["name"]: r for r in block["rows"]}
         assert [n for n in rows if n.startswith("vidkern ")] == [f"vidkern {b}" for b in gpu_ops.backends(block["op"])]
         assert rows["vidkern cpu"]["status"] == "timed" and rows["vidkern cpu"]["ratio"] == 1.0 and rows["vidkern cpu"]["of_limit"] > 0
-        assert rows["vidkern triton"]["status"] == "not run" and "tensors are on cpu" in rows["vidkern triton"]["reason"]
+        assert rows["vidkern triton"]["status"] == "not run" and rows["vidkern triton"]["reason"].startswith("tensors are on cpu, it")
+        compiled = [r["reason"] for r in block["rows"] if "compile" in r["name"]]
+        assert compiled == ["is compiled at first use, left out of a dry run"]
+    # Why a backend does not serve is said once, under the first table.
+    assert sum(text.count("tensors are on cpu, it serves cuda\n") for text in said) == 2
+    assert "\nwithout a time, as said above: vidkern cuda; vidkern triton" in said[1] and "vidkern hopper" not in said[1]
     assert any(r["group"] == "torch" and r["status"] == "timed" for r in found[0]["rows"])
     (path,) = gpu_report.write(tmp_path)
     assert path.name == "ops-gpu.json"
@@ -60,6 +66,11 @@ def test_every_backend_that_serves_has_a_row_and_a_rerun_measures_nothing(tmp_pa
     assert [b["op"] for b in gpu_ops.run(job(tmp_path), nothing, nothing)] == [b["op"] for b in found]
     with pytest.raises(gpu_job.OutOfTime):
         gpu_ops.run(job(tmp_path, dry=False, seconds=1), nothing, nothing)
+
+
+def test_a_quick_run_says_so_where_it_leaves_out(tmp_path, cheap):
+    rows = gpu_ops.measure(job(tmp_path, quick=True), "pyramid_flow_inputs", "small", "fwd", nothing)["rows"]
+    assert [r["reason"] for r in rows if "compile" in r["name"]] == ["is compiled at first use, left out of a quick run"]
 
 
 def test_a_row_runs_on_the_backend_it_is_named_after():
@@ -123,6 +134,28 @@ def test_the_build_stage_compiles_the_sources_and_tells_what_does_not(tmp_path, 
     # What is not installed is no failure of a kernel.
     reason = "amf.cu: no machine code for sm_90 came with the package, and cuda-python is not installed"
     assert gpu.run_stage("build", job(tmp_path, fresh=True)) == 0
+
+
+def test_seconds_and_reasons_of_first_calls_are_kept_apart(tmp_path, monkeypatch, capsys):
+    real = registry.ops()
+    monkeypatch.setattr(registry, "ops", lambda: {"merge_attention": real["merge_attention"]})
+    same_bits = probes.same_bits
+
+    def broken(room, sample, dtype, backend, device):
+        if backend == "cpu":
+            raise RuntimeError("no such\ninstruction")
+        return same_bits(room, sample, dtype, backend, device)
+
+    monkeypatch.setattr(probes, "same_bits", broken)
+    # A file of an earlier version, which had them in one table, is made anew.
+    job(tmp_path).save("build", {"first_call_seconds": {"merge_attention cpu": "RuntimeError: old"}, "machine_code": {}})
+    assert gpu.run_stage("build", job(tmp_path)) == 1
+    found = job(tmp_path).done("build")
+    assert list(found["first_call_seconds"]) == ["merge_attention reference"]
+    assert found["first_call_failed"] == {"merge_attention cpu": "RuntimeError: no such instruction"}
+    assert set(found["not_served"]) == {"merge_attention triton"}
+    assert found["not_served"]["merge_attention triton"].startswith("tensors are on cpu")
+    assert "  first call of merge_attention cpu: RuntimeError: no such instruction\n" in capsys.readouterr().out
 
 
 # ---- launch cost ------------------------------------------------------------------------------------------------------
