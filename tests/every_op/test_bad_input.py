@@ -53,8 +53,10 @@ BAD = {
     "anchor cell": (grid(anchors={"frames": [0]}), ValueError, r"anchors: .* expected a list of \(view, time\) pairs"),
     "causal text": (grid(causal_time="no"), ValueError, "causal_time: 'no', expected True or False"),
     "deterministic text": (grid(deterministic="no"), ValueError, "deterministic: 'no', expected True, False or None"),
-    "grid bool": (grid(grid=(True, 2)), ValueError, r"grid: \(True, 2\), expected"),
-    "grid float": (grid(grid=(2.0, 3)), ValueError, r"grid: \(2.0, 3\), expected"),
+    "return_lse text": (grid(return_lse="no"), ValueError, "return_lse: 'no', expected True or False"),
+    "return_lse number": (grid(return_lse=0), ValueError, "return_lse: 0, expected True or False"),
+    "grid bool": (grid(grid=(True, 2)), ValueError, r"grid: \(True, 2\), expected \(views, times\), both integers >= 1"),
+    "grid float": (grid(grid=(2.0, 3)), ValueError, r"grid: \(2.0, 3\), expected \(views, times\), both integers >= 1"),
     "window bool": (grid(window_time=True), ValueError, "window_time: True, expected"),
     "impl number": (grid(impl=3), TypeError, "impl: 3, expected a backend's name"),
     "sparse": (grid(q=torch.zeros(1, 2, 24, 16).to_sparse()), ValueError, "q: layout torch.sparse_coo, expected a dense tensor"),
@@ -81,6 +83,11 @@ BAD = {
     ),
     "mask not square": (lambda: vidkern.FramePattern.from_mask(torch.ones(2, 3).bool()), ValueError, r"mask: shape \(2, 3\), expected a square"),
     "mask dtype": (lambda: vidkern.FramePattern.from_mask(torch.ones(2, 2)), ValueError, "mask: dtype float32, expected bool"),
+    "list flat": (lambda: vidkern.FramePattern.from_lists([[0], 1]), TypeError, "lists: 1 for query frame 1, expected a list of key"),
+    "list tensor": (
+        lambda: vidkern.FramePattern.from_lists(torch.tensor([1, 0])), TypeError, r"lists: tensor\(1\) for query frame 0, expected a list",
+    ),
+    "list number": (lambda: vidkern.FramePattern.from_lists(3), TypeError, "lists: 3, expected one list of key frames for each query"),
     "list range": (lambda: vidkern.FramePattern.from_lists([[0], [2]]), ValueError, "lists: query frame 1 names key frame 2, expected 0..1"),
     "list repeat": (lambda: vidkern.FramePattern.from_lists([[0, 0]]), ValueError, "lists: query frame 0 names key frame 0 twice"),
     "key": (lambda: vidkern.FramePattern.from_key("ring/3"), ValueError, "pattern: key 'ring/3'"),
@@ -94,6 +101,18 @@ BAD = {
     ),
     "merge lse dtype": (
         lambda: vidkern.merge_attention(qkv()[:1], [torch.randn(1, 2, 24).bfloat16()]), ValueError, r"lses\[0\]: dtype torch.bfloat16, expected torch.float32",
+    ),
+    "merge out rank": (
+        lambda: vidkern.merge_attention([torch.randn(2, 24, 16)], [torch.randn(2, 24)], layout="blhd"),
+        ValueError, r"outs\[0\]: shape \(2, 24, 16\), expected 4 dimensions \[B, L, H, D\]",
+    ),
+    "merge lse rank": (
+        lambda: vidkern.merge_attention(qkv()[:1], qkv()[:1]),
+        ValueError, r"lses\[0\]: shape \(1, 2, 24, 16\), expected 3 dimensions \[B, H, L\]",
+    ),
+    "merge return_lse": (
+        lambda: vidkern.merge_attention(qkv()[:1], [torch.randn(1, 2, 24)], return_lse="no"),
+        ValueError, "return_lse: 'no', expected True or False",
     ),
     "merge signs": (
         lambda: vidkern.merge_attention(qkv()[:2], [torch.randn(1, 2, 24)] * 2, signs=(1, 2)), ValueError, r"signs: \[1, 2\], expected 2 values",

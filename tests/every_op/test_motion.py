@@ -155,6 +155,17 @@ def test_sums_are_not_in_sixteen_bits():
     assert (got - want).abs().max() < 2e-3
 
 
+def test_the_averages_of_qk_mean_are_rounded():
+    """What docs/motion.md says: 0.002 patches against the rounded averages, not against exact ones, and how to have these."""
+    q, k = ((4 * torch.randn(1, 4, 600, 64)).bfloat16() for _ in range(2))
+    flow = lambda q, k, **more: vidkern.attention_motion_flow(q, k, grid=(2, 15, 20), **more).double()  # noqa: E731
+    off = lambda a, b: (a - b).abs().max().item()  # noqa: E731
+    got, exact = flow(q, k, heads="qk_mean"), flow(q.double(), k.double(), heads="qk_mean")
+    rounded, single = (q.mean(1, keepdim=True), k.mean(1, keepdim=True)), (q.float().mean(1, keepdim=True), k.float().mean(1, keepdim=True))
+    assert off(got, flow(*(t.double() for t in rounded))) < 0.002 < 0.02 < off(got, exact)
+    assert off(flow(*single), exact) < 1e-4
+
+
 # ---- bad input --------------------------------------------------------------------------------------------------------------
 Q = torch.randn(2, 2, 12, 16)
 MISTAKES = [

@@ -50,6 +50,15 @@ def test_is_the_plain_chain(act, impl):
     torch.testing.assert_close(got, r.index_add(2, o, gate[:, None] * ACT[act](u)), rtol=1e-5, atol=1e-4)
 
 
+def test_scale_and_shift_without_a_norm_act_on_x_itself(impl):
+    """What docs/pruned.md says of ``norm=None``: no norm is implied."""
+    x, w, scale, shift = torch.randn(2, 7, 16), torch.randn(9, 16), torch.randn(2, 16), torch.randn(2, 16)
+    want = (x * (1 + scale[:, None]) + shift[:, None]) @ w.t()
+    torch.testing.assert_close(vidkern.pruned_linear(x, w, scale=scale, shift=shift, impl=impl), want, rtol=1e-5, atol=1e-5)
+    got = vidkern.pruned_ffn(x, w, None, torch.eye(9), None, act="none", scale=scale, shift=shift, impl=impl)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_is_the_dense_layer_with_zero_rows_and_columns(impl):
     x, w, b, i, o = torch.randn(1, 21, 33), torch.randn(9, 14), torch.randn(9), kept(14, 33), kept(9, 27)
     dense, bias = torch.zeros(27, 33), torch.zeros(27)
@@ -355,6 +364,11 @@ BAD = {
     "out_index": (linear(out_index=[1, 2], out_features=9), ValueError, "out_index: 2 channels, expected 8"),
     "out_features missing": (linear(out_index=list(range(8))), ValueError, "out_features: None, expected the result's number of channels"),
     "out_features": (linear(out_features=9), ValueError, "out_features: 9, expected 8"),
+    "out_features type": (linear(out_features="8"), ValueError, "out_features: '8', expected an integer >= 1"),
+    "out_features of a stream": (
+        linear(out_index=list(range(8)), out_features=24, residual=torch.zeros(2, 3, 32)),
+        ValueError, r"residual: shape \(2, 3, 32\), expected \(2, 3, 24\)",
+    ),
     "act": (linear(act="relu"), ValueError, "act: 'relu', expected one of 'none', 'gelu_tanh'"),
     "odd pairs": (linear(act="swiglu", weight=torch.zeros(7, 16)), ValueError, "weight: 7 output channels, expected an even number"),
     "bias": (linear(bias=torch.zeros(7)), ValueError, r"bias: shape \(7,\), expected \(8,\)"),
@@ -371,7 +385,7 @@ BAD = {
     "impl": (linear(impl="cuda13"), ValueError, "impl: 'cuda13' is no backend of pruned_linear"),
     "w1 width": (ffn(w1=torch.zeros(32, 15)), ValueError, "w1: 15 input channels .* expected x's 16"),
     "w1 rows": (ffn(w1=torch.zeros(31, 16)), ValueError, "w1: 31 rows, expected 32: w2 has 32 input channels"),
-    "pairs rows": (ffn(act="swiglu"), ValueError, "w1: 32 rows, expected 64"),
+    "pairs rows": (ffn(act="swiglu"), ValueError, 'w1: 32 rows, expected 64: w2 has 32 input channels, and act "swiglu" takes two rows'),
     "b2": (ffn(b2=torch.zeros(15)), ValueError, r"b2: shape \(15,\), expected \(16,\): one value per row of w2"),
     "tile": (ffn(tile=0), ValueError, "tile: 0, expected an integer >= 1"),
     "tile of slabs": (ffn(keep=[0], slab=16, tile=24), ValueError, "tile: 24, expected a multiple of slab 16"),

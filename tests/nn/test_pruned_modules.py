@@ -441,6 +441,25 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("more", [{}, {"norm": "rms"}])
+@pytest.mark.parametrize("out_index", [None, [0, 3, 4]])
+@pytest.mark.parametrize("in_index", [None, [0, 1, 5]])
+def test_layers_refuse_other_widths(in_index, out_index, more):
+    """A list alone would take any x that is wide enough for it, and any residual; again, because a plan may serve later calls."""
+    layer = PrunedLinear.from_linear(nn.Linear(32, 24), in_index, out_index)
+    with torch.no_grad():
+        for _ in range(3):
+            assert layer(torch.randn(2, 5, 32), residual=torch.randn(2, 5, 24), **more).shape == (2, 5, 24)
+            for width in (6, 31, 33, 64):
+                with pytest.raises(ValueError, match=rf"x: shape \(2, 5, {width}\), expected \[\.\.\., tokens, 32\]"):
+                    layer(torch.randn(2, 5, width), **more)
+            for width in (5, 23, 32, 100):
+                with pytest.raises(ValueError, match=rf"residual: shape \(2, 5, {width}\), expected \(2, 5, 24\)"):
+                    layer(torch.randn(2, 5, 32), residual=torch.randn(2, 5, width), **more)
+    with pytest.raises(TypeError, match="x: list, expected a torch.Tensor"):
+        layer([1.0])
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name):
     call, kind, message = BAD[name]

@@ -284,11 +284,17 @@ class PrunedLinear(_Packed):
         return made
 
     def forward(self, x, *, gate=None, mask=None, residual=None, norm=None, scale=None, shift=None, impl=None):
-        """x [..., tokens, in_features] -> [..., tokens, out_features]; arguments as in :func:`vidkern.pruned_linear`."""
-        features = self.out_features if residual is None and self.out_index is not None else None
+        """x [..., tokens, in_features] -> [..., tokens, out_features]; arguments as in :func:`vidkern.pruned_linear`.
+
+        Raises:
+            ValueError: x or ``residual`` has another width; and as there.
+        """
+        # To the op, channels that a list does not name may be any number.
+        if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] != self.in_features:
+            raise ValueError(f"x: shape {tuple(x.shape)}, expected [..., tokens, {self.in_features}]: the layer's in_features")
         return pruned_linear(
             x, self.logical("weight"), self.logical("bias"), in_index=self.in_index, out_index=self.out_index, act=self.act, gate=gate,
-            mask=mask, residual=residual, out_features=features, norm=norm, scale=scale, shift=shift, eps=self.eps, impl=impl,
+            mask=mask, residual=residual, out_features=self.out_features, norm=norm, scale=scale, shift=shift, eps=self.eps, impl=impl,
         )
 
 

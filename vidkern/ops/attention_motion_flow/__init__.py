@@ -349,8 +349,8 @@ def attention_motion_flow(
         tau: factor on the logits, > 0: the larger, the sharper. It does not change the hard flow, but for ``"prob_mean"``.
         scale: factor on the dot products of one head; default ``1 / sqrt(D)``.
         heads: ``"logit_mean"``: one map from the logits averaged over the heads; ``"prob_mean"``: one softmax per head, maps
-            averaged; ``"qk_mean"``: q and k averaged first, which is not the same (products across heads); ``"none"``: a
-            flow for every head.
+            averaged; ``"qk_mean"``: q and k averaged first, which is not the same (products across heads), and rounded to their
+            dtype; ``"none"``: a flow for every head.
         mode: ``"soft"``, ``"hard"`` (the lowest row-major index wins ties) or ``"both"``.
         pairs: ordered pairs (query frame, key frame), one result row each: ``"all"`` F * F of them, row f1 * F + f2;
             ``"upper"`` those with f1 < f2; ``{"max_dt": n}`` those with \\|f1 - f2\\| <= n, equal frames among them; or

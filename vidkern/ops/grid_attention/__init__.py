@@ -357,6 +357,8 @@ def _attend(q, k, v, pattern: str, shape, layout, valid, kv_len, n_text, text_po
         scale = 1 / math.sqrt(q.shape[3])
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)) or not -math.inf < scale < math.inf:
         raise ValueError(f"scale: {scale!r}, expected a finite number")
+    if not isinstance(return_lse, bool):
+        raise ValueError(f"return_lse: {return_lse!r}, expected True or False")
     if not isinstance(deterministic, (bool, type(None))):
         raise ValueError(f"deterministic: {deterministic!r}, expected True, False or None")
     if deterministic is None:

@@ -90,11 +90,17 @@ class FramePattern:
         """Pattern from one list of visible key frames per query frame, in any order, without repeats.
 
         Raises:
-            ValueError: a list names a frame outside ``[0, len(lists))`` or names one twice.
+            TypeError: ``lists``, or what it holds for a frame, is no list. ValueError: a list names a frame outside
+                ``[0, len(lists))`` or names one twice.
         """
+        if not hasattr(lists, "__len__") or not hasattr(lists, "__iter__"):
+            raise TypeError(f"lists: {lists!r:.60}, expected one list of key frames for each query frame")
         n = len(lists)
         mask = np.zeros((n, n), dtype=bool)
         for f, keys in enumerate(lists):
+            # A tensor without dimensions has __iter__ all the same.
+            if not hasattr(keys, "__iter__") or getattr(keys, "ndim", 1) == 0:
+                raise TypeError(f"lists: {keys!r:.60} for query frame {f}, expected a list of key frames")
             for g in keys:
                 if _index(g) is None or not 0 <= g < n:
                     raise ValueError(f"lists: query frame {f} names key frame {g}, expected 0..{n - 1}")
@@ -289,7 +295,7 @@ def grid_key(
     """Check the rules of a grid and return the key of its pattern; see :class:`GridPattern` for the arguments."""
     size = tuple(_index(x) for x in grid) if isinstance(grid, (tuple, list)) else ()
     if len(size) != 2 or any(x is None or x < 1 for x in size):
-        raise ValueError(f"grid: {grid!r}, expected (views, times), both >= 1")
+        raise ValueError(f"grid: {grid!r}, expected (views, times), both integers >= 1")
     views, times = size
     for name, flag in (("causal_time", causal_time), ("cyclic_view", cyclic_view)):
         if not isinstance(flag, bool):

@@ -163,7 +163,8 @@ def _split(saved, args):
 def _check(outs, lses, layout) -> None:
     if layout not in ("bhld", "blhd"):
         raise ValueError(f'layout: {layout!r}, expected "bhld" or "blhd"')
-    for name, parts, dims in (("outs", outs, 4), ("lses", lses, 3)):
+    rank4 = "4 dimensions " + ("[B, H, L, D]" if layout == "bhld" else "[B, L, H, D]")
+    for name, parts, dims, wanted in (("outs", outs, 4, rank4), ("lses", lses, 3, "3 dimensions [B, H, L]")):
         if not isinstance(parts, (list, tuple)) or not parts:
             what = "empty" if isinstance(parts, (list, tuple)) else type(parts).__name__
             raise TypeError(f"{name}: {what}, expected a non-empty list of tensors")
@@ -171,7 +172,7 @@ def _check(outs, lses, layout) -> None:
             if not isinstance(t, torch.Tensor):
                 raise TypeError(f"{name}[{i}]: {type(t).__name__}, expected a torch.Tensor")
             if t.dim() != dims:
-                raise ValueError(f"{name}[{i}]: shape {tuple(t.shape)}, expected {dims} dimensions")
+                raise ValueError(f"{name}[{i}]: shape {tuple(t.shape)}, expected {wanted}")
             if t.numel() == 0:
                 raise ValueError(f"{name}[{i}]: shape {tuple(t.shape)}, expected no empty dimension")
             for what in ("shape", "dtype", "device"):
@@ -220,6 +221,8 @@ def merge_attention(outs, lses, *, signs=None, layout="bhld", return_lse=True, o
         RuntimeError: ``out`` was given while something requires grad, or on double backward.
     """
     _check(outs, lses, layout)
+    if not isinstance(return_lse, bool):
+        raise ValueError(f"return_lse: {return_lse!r}, expected True or False")
     signs = [1] * len(outs) if signs is None else list(signs)
     if len(signs) != len(outs) or any(s not in (1, -1) for s in signs):
         raise ValueError(f"signs: {signs!r}, expected {len(outs)} values +1 or -1")

@@ -130,7 +130,7 @@ def pruned_ffn(
     x, w1, b1, w2, b2, *, tile=768, act="gelu_tanh", gate=None, mask=None, residual=None, norm=None, scale=None, shift=None, eps=1e-6,
     keep=None, slab=128, out=None, impl=None,
 ):
-    """``residual + gate * (act(P(x) W1^T + b1) * mask) W2^T + b2)`` without the hidden tensor: ``tile`` of its channels at a time.
+    """``residual + gate * ((act(P(x) W1^T + b1) * mask) W2^T + b2)`` without the hidden tensor: ``tile`` of its channels at a time.
 
     Partial sums are float32, whatever x is. The backward computes every tile again, and holds four of them: values, activations, and the slopes of both.
     Differentiable in every floating-point argument.
@@ -141,7 +141,7 @@ def pruned_ffn(
         w2, b2: [out, hidden] and [out] or None.
         tile: hidden channels that exist at a time; any number, the last tile may be shorter. 1344 tokens of 6144 bfloat16
             channels are 15.8 MiB, of 768 2 MiB.
-        act, norm, scale, shift, eps, residual: as in :func:`vidkern.pruned_linear`.
+        act, norm, scale, shift, eps, residual: as in :func:`vidkern.pruned_linear` (without ``norm`` P has no norm).
         gate: [rows, out], as in :func:`vidkern.pruned_linear`.
         mask: [slabs]: scales slabs of equally many (kept) hidden channels.
         keep: numbers of the slabs of ``slab`` hidden channels that are kept of weights that were not repacked; None: all.
@@ -170,7 +170,8 @@ def pruned_ffn(
     if w1.shape[1] != x.shape[-1]:
         raise ValueError(f"w1: {w1.shape[1]} input channels in shape {tuple(w1.shape)}, expected x's {x.shape[-1]}")
     if w1.shape[0] != pairs * w2.shape[1]:
-        raise ValueError(f"w1: {w1.shape[0]} rows, expected {pairs * w2.shape[1]}: w2 has {w2.shape[1]} input channels")
+        twice = ', and act "swiglu" takes two rows for each: gates, then values' if pairs == 2 else ""
+        raise ValueError(f"w1: {w1.shape[0]} rows, expected {pairs * w2.shape[1]}: w2 has {w2.shape[1]} input channels{twice}")
     hidden, outputs = w2.shape[1], w2.shape[0]
     for name, b, size in (("b1", b1, w1.shape[0]), ("b2", b2, outputs)):
         if b is not None:

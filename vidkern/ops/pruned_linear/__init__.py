@@ -166,10 +166,10 @@ def pruned_linear(
     """A linear layer on some of the channels of its input, written into or added to some of the channels of its output:
 
     ``U = P(x)[..., in_index] W^T + b``, ``Z = gate * mask * act(U)``, and then ``Z`` itself, or zeros with ``Z`` at ``out_index``, or
-    ``residual`` with ``Z`` added (at ``out_index``). ``P`` is RMSNorm over **all** channels of x, kept or not, without weights, then
-    ``* (1 + scale) + shift``. Sums are float32, with one rounding at the end; the residual is added before it. Nothing of x's width
-    is gathered in memory on the way. Differentiable in every floating-point argument; the gradient of x is non-zero outside
-    ``in_index`` where there is a norm.
+    ``residual`` with ``Z`` added (at ``out_index``). ``P`` is, for ``norm="rms"``, RMSNorm over **all** channels of x, kept or not, without
+    weights, and then ``* (1 + scale) + shift`` where these are given; with neither ``P(x)`` is x. Sums are float32, with one rounding
+    at the end; the residual is added before it. Nothing of x's width is gathered in memory on the way. Differentiable in every
+    floating-point argument; the gradient of x is non-zero outside ``in_index`` where there is a norm.
 
     Args:
         x: [..., tokens, channels], at least two dimensions; float64 on the reference, float32, bfloat16, float16.
@@ -182,9 +182,9 @@ def pruned_linear(
         gate: [rows, written channels]: one row for all tokens, or for each of equally long runs of tokens (adaLN: one per sample).
         mask: [slabs]: scales slabs of equally many written channels; for pruning, its gradient says what a slab contributes.
         residual: [..., tokens, C], x's dtype or float32: the stream that is added to.
-        out_features: channels of the result where ``out_index`` is given without ``residual``.
-        norm: None or "rms"; eps: inside its square root.
-        scale, shift: [rows, channels of x], rows as in ``gate``.
+        out_features: channels of the result where ``out_index`` is given without ``residual``; elsewhere what they have to be.
+        norm: None (no norm, whether or not ``scale`` and ``shift`` are given) or "rms"; eps: inside its square root.
+        scale, shift: [rows, channels of x], rows as in ``gate``; of the norm's result, or of x itself without a norm.
         rows, columns: numbers of the slabs of ``slab`` channels that are kept of a ``weight`` (and ``bias``) that was not repacked;
             None: all. Their gradients are full size, zero elsewhere.
         out: where the result goes, instead of new memory; may be ``residual`` itself. Inference only.
@@ -231,14 +231,16 @@ def pruned_linear(
     checks.slab_mask("mask", mask, written)
     checks.per_group("scale", scale, x, channels)
     checks.per_group("shift", shift, x, channels)
-    checks.residual(residual, x, None if out_index is not None else written)
+    if out_features is not None:
+        checks.positive("out_features", out_features)
+    checks.residual(residual, x, written if out_index is None else out_features)
     features = written
     if residual is not None:
         features = residual.shape[-1]
     elif out_index is not None:
         if out_features is None:
             raise ValueError("out_features: None, expected the result's number of channels: out_index is given without residual")
-        features = checks.positive("out_features", out_features)
+        features = out_features
     if out_features is not None and out_features != features:
         raise ValueError(f"out_features: {out_features}, expected {features}")
     out_index = resolve("out_index", out_index, features, device)

@@ -169,7 +169,8 @@ def flow_coefficients(time, *, direction):
     """The table of a straight path for :func:`pyramid_flow_inputs` from one time per sample and level.
 
     Args:
-        time: float tensor [B, S] (or [S] for all samples).
+        time: float tensor [B, S] (or [S] for all samples). Its values are not looked at, which would wait for a GPU: those outside 0..1
+            go on along the straight line.
         direction: ``"data"``: data time t, 1 = data, z = t x + (1 - t) eps and the velocity is x - eps; ``"noise"``: noise time
             (sigma), 1 = noise, z = (1 - u) x + u eps and the velocity is eps - x.
 
