@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from vidkern.errors import UserError
+from vidkern.errors import UserError, comes_with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,6 +146,6 @@ def _summarise(results: Path, device: str, op: str) -> list[Path]:
 
     written = [records.save_csv(results, device, op)]
     if importlib.util.find_spec("matplotlib") is None:
-        print('no roofline: matplotlib is not installed: pip install "vidkern[bench]"', file=sys.stderr)
+        print(f"no roofline: matplotlib is not installed, {comes_with('bench')}", file=sys.stderr)
         return written
     return written + roofline.draw_all(results, device, op)

@@ -54,11 +54,28 @@ def test_a_user_error_is_one_line(demo, capsys):
     assert capsys.readouterr().err == "vidkern: error: steps=-1: expected at least 1\n"
 
 
-def test_a_missing_extra_names_the_command_that_installs_it(demo, capsys):
+def test_a_missing_extra_is_named_with_the_way_to_install_it(demo, capsys):
     demo.run = raises(ModuleNotFoundError("No module named 'av'", name="av"))
     assert cli.main(["demo"]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and 'needs av, which is not installed: pip install "vidkern[demo]"' in err
+    assert err.count("\n") == 1 and 'needs av, which is not installed: it comes with vidkern\'s extra "demo", in a checkout by pip install -c constraints.txt -e ".[demo]"' in err
+
+
+def test_a_bar_in_a_log_writes_an_entry_now_and_then():
+    program = """if True:
+        import sys, time, types
+        from vidkern import cli
+        def work(args):
+            from tqdm import tqdm
+            for _ in tqdm(range(40)):
+                time.sleep(0.02)
+        module = types.ModuleType("stand_in_demo")
+        module.add_arguments, module.run = lambda parser: None, work
+        sys.modules["stand_in_demo"], cli.DEMOS["four-real"], sys.argv = module, "stand_in_demo", ["vidkern", "demo"]
+        sys.exit(cli.main())"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "40/40" in done.stderr, done.stderr
+    assert done.stderr.count("it/s]") <= 2, done.stderr
 
 
 def test_other_errors_keep_their_traceback(demo):
@@ -98,7 +115,7 @@ def test_a_reader_that_goes_away_is_no_error():
 def test_import_extra(monkeypatch):
     assert import_extra("tqdm", "progress") is sys.modules["tqdm"]
     monkeypatch.setitem(cli.sys.modules, "tqdm", None)
-    with pytest.raises(MissingExtra, match=r'progress needs tqdm, which is not installed: pip install "vidkern\[demo\]"'):
+    with pytest.raises(MissingExtra, match=r'progress needs tqdm, which is not installed: it comes with vidkern.s extra "demo", in a checkout by pip install'):
         import_extra("tqdm", "progress")
     assert issubclass(MissingExtra, ImportError) and issubclass(MissingExtra, UserError)
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):

@@ -18,6 +18,14 @@ def shrunk(code):
     return code.replace("tokens = 4, 8, 256", "tokens = 2, 3, 16")
 
 
+def test_pages_install_from_the_checkout():
+    """vidkern is on no index, and without constraints.txt other versions come than those tested together."""
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for line in re.findall(r"pip install [^`\n]*", page.read_text()):
+            own = re.search(r'vidkern\[|"\.\[|-e \.| \.$', line)
+            assert not own or "-c constraints.txt" in line or "--no-deps" in line, f"{page.name}: {line}"
+
+
 @pytest.mark.parametrize("page, least", [("docs/ops.md", 8), ("docs/motion.md", 2), ("README.md", 1)])
 def test_examples_run(page, least):
     names, ran = {}, 0

@@ -24,6 +24,7 @@ HELP = {
     "motion": "extract the attention motion flow of a clip and draw it",
     "verify": "check that every backend is right on this device, and record it",
 }
+SECONDS_IN_A_LOG = "30"  # between two entries of a progress bar
 INTERRUPTED = 130  # the shell's own status for a command ended by Ctrl-C
 
 
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 2: a mistake the user can mend, told in one line on stderr. 130: interrupted. Anything unforeseen is raised.
     """
+    if argv is None and not (sys.stderr and sys.stderr.isatty()):
+        # tqdm reads these when it is imported. In a log, where a bar cannot overwrite itself, one entry now and then is enough.
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+            os.environ.setdefault(name, SECONDS_IN_A_LOG)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)

@@ -3,11 +3,11 @@
 import importlib
 from types import ModuleType
 
-# Which extra of `pip install "vidkern[...]"` brings a module that the core install does not have.
+# Which extra of vidkern brings a module that the core install does not have.
 EXTRA_OF = {
     **dict.fromkeys(("av", "matplotlib", "PIL", "sklearn", "tqdm"), "demo"),
     **dict.fromkeys(("pytest", "pytest_benchmark"), "bench"),
-    **dict.fromkeys(("accelerate", "diffusers", "peft", "safetensors", "transformers"), "diffusers"),
+    **dict.fromkeys(("accelerate", "diffusers", "huggingface_hub", "peft", "safetensors", "transformers"), "diffusers"),
     **dict.fromkeys(("pybullet", "pybullet_data"), "scenes"),
     "cuda": "cuda",
     "triton": "triton",
@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 class MissingExtra(UserError, ImportError):
-    """A module of an optional extra is not installed; the message names the command that installs it."""
+    """A module of an optional extra is not installed; the message names the extra."""
 
 
 def import_extra(module: str, purpose: str) -> ModuleType:
@@ -45,6 +45,11 @@ def import_extra(module: str, purpose: str) -> ModuleType:
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """The install command that would cure ``error``, or None if the missing module belongs to no extra."""
+    """What would cure ``error``, or None if the missing module belongs to no extra."""
     extra = EXTRA_OF.get((error.name or "").partition(".")[0])
-    return extra and f'which is not installed: pip install "vidkern[{extra}]"'
+    return extra and f"which is not installed: {comes_with(extra)}"
+
+
+def comes_with(extra: str) -> str:
+    """How to get what an extra brings, one phrase. vidkern is on no index: it is installed from a checkout or from a wheel."""
+    return f"it comes with vidkern's extra \"{extra}\", in a checkout by pip install -c constraints.txt -e \".[{extra}]\""

@@ -256,15 +256,29 @@ class Op:
                 if backend.why_not(*args) is None and (backend.trust != "warn" or self._trusted(backend, args)):
                     return backend.name
             reasons = "; ".join(f"{b.name}: {b.why_not(*args) or self.unverified(b, args)}" for b in self.backends)
-            raise BackendUnavailable(f"{self.name}: no backend can serve these arguments ({reasons})")
+            raise BackendUnavailable(f"{self._called()}: no backend can serve these arguments ({reasons})")
         backend = self._by_name.get(impl)
         if backend is None:
             names = ", ".join(f'"{n}"' for n in ("auto", *self._by_name))
-            raise ValueError(f"impl: {impl!r} is no backend of {self.name}, expected one of {names}")
+            if impl == _forced:  # a backend of another op: an argument cannot be wrong that was not given
+                raise BackendUnavailable(f'vidkern.use("{impl}"): {self._called()} has no such backend; name one of its own by impl=: {names}')
+            raise ValueError(f"impl: {impl!r} is no backend of {self._called()}, expected one of {names}")
         reason = backend.why_not(*args)
         if reason is not None:
-            raise BackendUnavailable(f'impl: "{impl}" cannot serve this call of {self.name}: {reason}')
+            raise BackendUnavailable(f'impl: "{impl}" cannot serve this call of {self._called()}: {reason}')
         return impl
+
+    def _called(self) -> str:
+        """The public function whose call brought us here, for errors; the op as well where that has another name."""
+        from . import _HOMES
+
+        name, frame = self.name, sys._getframe(1)
+        while frame is not None:
+            function, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
+            if module.startswith("vidkern.ops.") and _HOMES.get(function) == module:
+                name = function  # the outermost counts: that is what was called from outside
+            frame = frame.f_back
+        return name if name == self.name else f"{name} (op {self.name})"
 
     def unverified(self, backend: Backend, args: Sequence) -> str | None:
         """What is missing to trust ``backend`` with ``args`` on their device, one phrase; None when nothing is."""
@@ -534,6 +548,8 @@ def ops() -> dict[str, Op]:
 def use(impl: str) -> Iterator[None]:
     """Force a backend for every vidkern op called inside: ``with vidkern.use("reference"): ...``.
 
+    An op that has no such backend raises :class:`BackendUnavailable` (merging and the pyramids have no "hopper"): give it ``impl=``.
+
     Args:
         impl: name of a backend, or "auto" to choose again. ``impl=`` given to a call wins over it. Gradients follow the
             backend that the forward ran on, wherever ``backward()`` is called. It holds for the whole process, not for one
@@ -559,14 +575,17 @@ class _Explained(Exception):
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found: the op, the backend chosen (None if none can), and a reason for each one passed over."""
+    """What :func:`explain` found: the op, the backend chosen (None if none can), a reason for each one passed over, and the
+    backend that was named, if one was."""
 
     op: str
     chosen: str | None
     reasons: dict[str, str]
+    named: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.chosen or 'no backend can serve this'}"]
+        none = f'"{self.named}", which was named, cannot serve this' if self.named else "no backend can serve this"
+        lines = [f"{self.op}: {self.chosen or none}"]
         lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
@@ -583,6 +602,7 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
     Raises:
         ValueError, TypeError: the function's own checks failed, ``impl`` is unknown, or the function calls no vidkern op.
+        BackendUnavailable: :func:`use` names a backend that this op does not have.
     """
     if not callable(function):
         raise TypeError(f"function: {function!r}, expected a public vidkern function, such as vidkern.grid_attention")
@@ -613,4 +633,4 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
         elif reason is None:
             reason = f'could serve it, but "{wanted}" was named' if wanted != "auto" else "could serve it, but comes later"
         reasons[backend.name] = reason
-    return Explanation(op.name, chosen, reasons)
+    return Explanation(op.name, chosen, reasons, None if wanted == "auto" else wanted)

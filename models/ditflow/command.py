@@ -7,11 +7,13 @@ import torch
 
 from vidkern._files import prepare_folder
 from vidkern.data import read_video
-from vidkern.errors import UserError
+from vidkern.data.video import VideoFileError, VideoValueError
+from vidkern.errors import UserError, import_extra
 
 from . import data, pictures, runs
 from .adapter import TinyAdapter
 
+MODEL_FILE = "model_index.json"
 SECONDS = 0.12      # between two frames that are looked at, about, unless --stride says otherwise
 
 
@@ -39,7 +41,7 @@ def run(args):
     if not 0 < args.tau < math.inf:
         raise UserError(f"--tau {args.tau}: expected a positive number")
     if not Path(args.video).is_file():
-        raise UserError(f"{args.video}: no such file, expected a video")
+        raise UserError(f"video {args.video}: no such file, expected a video")
     size = None if args.size is None else parse_size(args.size)
     out = prepare_folder(args.out)
     read = of_tiny if args.model is None else of_pipeline
@@ -63,13 +65,21 @@ def parse_size(text):
     return int(parts[0]), int(parts[1])
 
 
+def read_clip(args, **options):
+    """`read_video` of the clip from --start on; its errors name the argument."""
+    try:
+        return read_video(args.video, start=args.start, **options)
+    except (VideoFileError, VideoValueError) as error:
+        raise UserError(f"video {error}") from error
+
+
 def clip_of(args, size, frames, stride):
     """float32 [T, 3, h, w] in 0 .. 1, and the same for the pictures, larger."""
-    video = read_video(args.video, start=args.start, max_frames=frames, stride=stride, size=size, dtype=torch.float32)
+    video = read_clip(args, max_frames=frames, stride=stride, size=size, dtype=torch.float32)
     if len(video) < frames:
-        raise UserError(f"{args.video}: {len(video)} frames from --start {args.start} on, by {stride}, expected {frames}; lower --frames or --stride")
+        raise UserError(f"video {args.video}: {len(video)} frames from --start {args.start} on, by {stride}, expected {frames}; lower --frames or --stride")
     larger = max(1, round(320 / size[1]))
-    shown = read_video(args.video, start=args.start, max_frames=frames, stride=stride, size=(size[0] * larger, size[1] * larger), dtype=torch.float32)
+    shown = read_clip(args, max_frames=frames, stride=stride, size=(size[0] * larger, size[1] * larger), dtype=torch.float32)
     return video.frames, shown.frames
 
 
@@ -78,7 +88,7 @@ def of_tiny(args, size):
     size, frames = size or (64, 80), args.frames or data.FRAMES
     if any(side % data.PATCH for side in size):
         raise UserError(f"--size {size[0]}x{size[1]}: expected multiples of {data.PATCH}, the patch of the tiny model")
-    rate = float(read_video(args.video, start=args.start, max_frames=1, size=size).fps)
+    rate = float(read_clip(args, max_frames=1, size=size).fps)
     clip, shown = clip_of(args, size, frames, args.stride or max(1, round(SECONDS * rate)))
     recipe, folder = runs.Recipe(), runs.user_folder()
     if args.block is not None and args.block >= recipe.blocks:      # before a training of minutes
@@ -94,12 +104,35 @@ def of_tiny(args, size):
     return shown, pictures.square(flow, adapter.grid(clip[None])), f"block {block} of the tiny model"
 
 
+def check_model(name):
+    """UserError unless `name` is the folder of a pipeline, or a name on the hub that is kept here or that the hub can be asked for now.
+
+    diffusers would try again for half a minute before it said that it could not, and then not that there is no connection.
+    """
+    expected = f"expected a folder with {MODEL_FILE}, or the name of a pipeline on the Hugging Face hub, such as THUDM/CogVideoX-2b"
+    if Path(name).is_dir():
+        if not (Path(name) / MODEL_FILE).is_file():
+            raise UserError(f"--model {name}: a folder without {MODEL_FILE}, {expected}")
+        return
+    hub = import_extra("huggingface_hub", "--model")
+    try:
+        if isinstance(hub.try_to_load_from_cache(name, MODEL_FILE), str):
+            return
+    except ValueError as error:
+        raise UserError(f"--model {name}: no such folder, and no name that the hub could have, {expected}") from error
+    try:
+        hub.get_session().head(hub.hf_hub_url(name, MODEL_FILE), timeout=10)
+    except Exception as error:      # requests' or httpx', by the hub's release; an answer of any status is none of them
+        raise UserError(f"--model {name}: no such folder, and the hub, which may have it, cannot be reached ({error}); {expected}") from error
+
+
 def of_pipeline(args, size):
     """The same by a diffusers pipeline."""
     from vidkern.integrations.diffusers.motion_pipeline import MotionTransferPipeline, read_motion
 
     from .config import GuidanceConfig
 
+    check_model(args.model)
     config = None if args.block is None else GuidanceConfig(blocks=(args.block,), inject=(), tau=args.tau)
     try:
         transfer = MotionTransferPipeline.from_pretrained(args.model, config)

@@ -6,6 +6,7 @@ import math
 import torch
 
 from vidkern.data import pseudo_views, read_video
+from vidkern.data.video import VideoFileError, VideoValueError
 from vidkern.errors import UserError
 
 TRAIN_SHARE = 0.7
@@ -81,9 +82,12 @@ def open_clip(path, *, seconds_per_time, views=4, times=8, size=(48, 64), max_fr
     """Read a video into a `GridSource`; returns (source, frames per second).
 
     seconds_per_time: wanted seconds between two times of a grid; the stride is the nearest whole number of frames that still lets a
-    grid fit into the held-out part. Raises UserError when even neighbouring frames do not fit.
+    grid fit into the held-out part. Raises UserError when it cannot be read or even neighbouring frames do not fit.
     """
-    video = read_video(path, size=(2 * size[0], 2 * size[1]), max_frames=max_frames)
+    try:
+        video = read_video(path, size=(2 * size[0], 2 * size[1]), max_frames=max_frames)
+    except (VideoFileError, VideoValueError) as error:
+        raise UserError(f"--video {error}, expected a video file") from error
     n = len(video.frames)
     if n < shortest(times):
         raise UserError(f"--video {path}: has {n} frames, expected at least {shortest(times)} (to learn from 70 % and test on the rest)")

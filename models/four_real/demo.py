@@ -84,6 +84,7 @@ def add_arguments(parser):
 
 def run(args):
     """Run the demo; returns the exit status. Raises UserError for what the user can mend."""
+    check_scene(args)
     if args.compare:
         from . import compare_cli
 
@@ -135,6 +136,17 @@ def check_impl(name, device):
         vidkern.grid_attention(q, q, q, grid=(2, 2), impl=name)
     except (ValueError, vidkern.BackendUnavailable) as error:
         raise UserError(f"--impl {name}: {error}") from error
+
+
+def check_scene(args):
+    """UserError unless --scene is one."""
+    if args.scene is None:
+        return
+    from vidkern.data.scenes import scene_names
+
+    known = (*scene_names(), *["toy"] * args.compare)
+    if args.scene not in known:
+        raise UserError(f"--scene {args.scene}: expected one of {', '.join(known)}")
 
 
 def check_options(args):

@@ -53,23 +53,26 @@ def stack(images):
     return canvas
 
 
-def contact_sheet(model, truth, baseline, mask, *, baseline_name, scores):
-    """The sheet of grid.png: generated, truth, error of the model, best baseline and its error. scores: (model dB, baseline dB)."""
+def contact_sheet(model, truth, filled, mask, *, baseline, scores):
+    """The sheet of grid.png: generated, truth, error of the model, the grid of the best baseline and its error.
+
+    baseline: what that is, in words. scores: (model dB, baseline dB).
+    """
     nothing = torch.zeros_like(mask)
     neutral = ((208, 215, 222),) * 2
-    error, other = ((x - truth).abs().mean(2, keepdim=True).expand_as(truth) * ERROR_GAIN for x in (model, baseline))
+    error, other = ((x - truth).abs().mean(2, keepdim=True).expand_as(truth) * ERROR_GAIN for x in (model, filled))
     return stack([
         panel(model, mask, title="Generated", note=f"green: given reference   orange: generated   {scores[0]:.1f} dB"),
         panel(truth, nothing, title="Truth", note="what the unseen cells really look like", colours=neutral),
         panel(error, nothing, title="Error of the model", note=f"absolute, {ERROR_GAIN} times amplified; black is right", colours=neutral),
-        panel(baseline, mask, title=f"Best simple blend: {baseline_name}", note=f"for comparison   {scores[1]:.1f} dB",
+        panel(filled, mask, title="Best simple fill", note=f"for comparison: {baseline}   {scores[1]:.1f} dB",
               colours=(GIVEN, neutral[0])),
-        panel(other, nothing, title="Error of that blend", note="same scale", colours=neutral),
+        panel(other, nothing, title="Error of that fill", note="same scale", colours=neutral),
     ])
 
 
 def playing(model, truth, baseline, mask, *, scale=3):
-    """The grid over time, uint8 [T, 3, H, W]: one column per view; rows are the generated grid, the truth, and the best blend."""
+    """The grid over time, uint8 [T, 3, H, W]: one column per view; rows are the generated grid, the truth, and the best simple fill."""
     V, T, _, h, w = model.shape
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     label, gap, top = 92, 14, 30
@@ -82,7 +85,7 @@ def playing(model, truth, baseline, mask, *, scale=3):
         for v in range(V):
             draw.text((label + v * (w * scale + gap), 7), f"view {v}" + ("  (given)" if mask[v, t] else ""), font=small,
                       fill=GIVEN if mask[v, t] else MADE)
-        for row, (name, grid) in enumerate((("generated", model), ("truth", truth), ("blend", baseline))):
+        for row, (name, grid) in enumerate((("generated", model), ("truth", truth), ("simple fill", baseline))):
             y = top + row * (h * scale + gap)
             draw.text((8, y + h * scale // 2 - 10), name, font=font, fill=INK)
             for v in range(V):

@@ -27,22 +27,22 @@ def is_quick(metrics):
 
 
 def headline(metrics):
-    """One sentence: PSNR of the model, of the best simple blend, and the margin."""
+    """One sentence: PSNR of the model, of the best simple fill, and the margin."""
     best = metrics["best_baseline"]
-    return (f"unseen cells: model {metrics['psnr']['model']:.2f} dB PSNR, best simple blend ({best}) {metrics['psnr'][best]:.2f} dB, "
+    return (f"unseen cells: model {metrics['psnr']['model']:.2f} dB PSNR, best simple fill ({best}) {metrics['psnr'][best]:.2f} dB, "
             f"margin {metrics['margin_db_over_best']:+.2f} dB; nearest reference {metrics['psnr']['nearest']:.2f} dB")
 
 
 def write(out, result, metrics, fps):
     """Write all result files into the folder `out`; fps: grid times per second."""
     best, i = metrics["best_baseline"], metrics["shown_grid"]
-    model, truth, blend, mask = result["model"][i], result["truth"][i], result["baselines"][best][i], result["mask"]
-    scores = [_mean_psnr(grid, truth, mask) for grid in (model, blend)]
-    sheet = pictures.contact_sheet(model, truth, blend, mask, baseline_name=best, scores=scores)
+    model, truth, fill, mask = result["model"][i], result["truth"][i], result["baselines"][best][i], result["mask"]
+    scores = [_mean_psnr(grid, truth, mask) for grid in (model, fill)]
+    sheet = pictures.contact_sheet(model, truth, fill, mask, baseline=f"{best}, {BASELINE_TEXT[best]}", scores=scores)
     with replacing(out / "grid.png") as fresh:
         # 160 colours: a third of the size, and no visible difference on a sheet of thumbnails.
         sheet.quantize(160, dither=0).save(fresh, optimize=True)
-    movie = pictures.playing(model, truth, blend, mask)
+    movie = pictures.playing(model, truth, fill, mask)
     write_video(out / "grid.mp4", movie.repeat_interleave(2, 0).repeat(4, 1, 1, 1), 2 * min(fps, 6.0))
     write_json(out / "metrics.json", metrics)
     with replacing(out / "report.html") as fresh:
@@ -66,9 +66,9 @@ def page(out, metrics):
 <p class="verdict">{said}</p>
 <div class="cards">
 <div class="card"><b>{m['psnr']['model']:.2f} dB</b><span>PSNR of generated cells</span></div>
-<div class="card"><b>{margin:+.2f} dB</b><span>against the best simple blend ({best})</span></div>
+<div class="card"><b>{margin:+.2f} dB</b><span>against the best simple fill ({best})</span></div>
 <div class="card"><b>{m['margin_db_over_nearest']:+.2f} dB</b><span>against the nearest reference</span></div>
-<div class="card"><b>{m['ssim']['model']:.3f}</b><span>SSIM (best blend {m['ssim'][best]:.3f})</span></div>
+<div class="card"><b>{m['ssim']['model']:.3f}</b><span>SSIM (best fill {m['ssim'][best]:.3f})</span></div>
 </div>
 <h2>The grid, playing</h2>
 <p>Columns are views, time runs. View 0 and the first moment are given (green); everything framed in orange is generated.
@@ -78,10 +78,10 @@ This is the held-out grid with the median margin among {settings['held_out_grids
 <img alt="contact sheet" src="{data_uri(out / 'grid.png', 'image/png')}">
 <h2>Numbers on unseen cells</h2>
 {_scores(m)}
-<p class="muted">Means over {settings['held_out_grids']} held-out grids, {_unseen(m)} unseen cells each. Higher is better. All blends use the
+<p class="muted">Means over {settings['held_out_grids']} held-out grids, {_unseen(m)} unseen cells each. Higher is better. All fills use the
 same references as the model.</p>
 <h2>Where it wins and loses</h2>
-<p>PSNR of the model per cell, and in brackets the difference to the best blend. Rows are views, columns are times. Far from view 0 moving
+<p>PSNR of the model per cell, and in brackets the difference to the best fill. Rows are views, columns are times. Far from view 0 moving
 things turn soft and may show the edges of the 8x8 patches. Margins of the single grids, in order of time:
 {', '.join(f'{x:+.1f}' for x in m['margin_db_per_grid'])} dB; where hardly anything moves, a freeze-time frame is hard to beat.</p>
 {_cells(m)}
@@ -135,17 +135,17 @@ def _data(m):
 def verdict(m):
     """Plain words about the outcome, drawn from the numbers alone."""
     best, margin = m["best_baseline"], m["margin_db_over_best"]
-    numbers = (f"{m['psnr']['model']:.1f} dB against {m['psnr'][best]:.1f} dB for the best simple blend of the references "
+    numbers = (f"{m['psnr']['model']:.1f} dB against {m['psnr'][best]:.1f} dB for the best simple fill from the references "
                f"({BASELINE_TEXT[best]})")
     wins = sum(x > 0 for x in m["margin_db_per_grid"])
     tail = f" It wins on {wins} of {len(m['margin_db_per_grid'])} held-out grids."
     if margin >= 1:
-        return f"The generated cells are clearly closer to the truth than any simple blend: {numbers}." + tail
+        return f"The generated cells are clearly closer to the truth than any simple fill: {numbers}." + tail
     if margin > 0.2:
-        return f"The generated cells are somewhat closer to the truth than any simple blend: {numbers}." + tail
+        return f"The generated cells are somewhat closer to the truth than any simple fill: {numbers}." + tail
     if margin > -0.2:
-        return f"The generated cells are about as close to the truth as the best simple blend: {numbers}." + tail
-    return f"The generated cells are not as close to the truth as the best simple blend: {numbers}. Train longer (--minutes)." + tail
+        return f"The generated cells are about as close to the truth as the best simple fill: {numbers}." + tail
+    return f"The generated cells are not as close to the truth as the best simple fill: {numbers}. Train longer (--minutes)." + tail
 
 
 def _minutes(seconds):

@@ -284,7 +284,7 @@ def test_why_it_cannot_serve(fresh):
     [
         ({"python": "cuda-python is not installed"}, "cuda-python is not installed"),
         ({"capability": (7, 5)}, "the GPU's compute capability is 7.5, expected at least 8.0"),
-        ({"compiler": OSError("libnvrtc.so.13:\n not found")}, r"NVRTC cannot be loaded, .*pip install \"vidkern\[cuda\]\"\): libnvrtc.so.13: not found"),
+        ({"compiler": OSError("libnvrtc.so.13:\n not found")}, r"NVRTC cannot be loaded, .*vidkern's extra \"cuda\", in a checkout by pip install .*\): libnvrtc.so.13: not found"),
     ],
 )
 def test_what_is_missing_is_said(fresh, monkeypatch, tmp_path, changes, message):

@@ -274,7 +274,7 @@ def test_contact_sheet(tmp_path):
 def test_without_pybullet(monkeypatch):
     monkeypatch.setitem(errors.EXTRA_OF, "pybullet", "scenes")
     monkeypatch.setitem(sys.modules, "pybullet", None)
-    with pytest.raises(errors.MissingExtra, match=r"scene 'robots' needs pybullet, .* pip install \"vidkern\[scenes\]\""):
+    with pytest.raises(errors.MissingExtra, match=r"scene 'robots' needs pybullet, .* it comes with vidkern's extra \"scenes\""):
         render("robots")
 
 

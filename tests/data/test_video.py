@@ -207,7 +207,7 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
 def test_without_pyav(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "av", None)
     for call in (lambda: read_video(bundled_clip()), lambda: write_video(tmp_path / "a.mp4", moving_squares(), 10)):
-        with pytest.raises(MissingExtra, match=r'needs av, which is not installed: pip install "vidkern\[demo\]"'):
+        with pytest.raises(MissingExtra, match=r'needs av, which is not installed: it comes with vidkern.s extra "demo"'):
             call()
 
 

@@ -329,6 +329,39 @@ def test_choice_is_explained_and_forced():
         vidkern.explain(torch.sin, q)
 
 
+def test_a_backend_that_was_named_and_cannot_serve_heads_the_explanation():
+    q, k, v = ROOMS["grid_attention"].samples[0].tensors()
+    found = vidkern.explain(vidkern.grid_attention, q, k, v, grid=(3, 4), impl="hopper")
+    assert found.chosen is None and str(found).startswith('grid_attention: "hopper", which was named, cannot serve this\n')
+    assert 'cpu: could serve it, but "hopper" was named' in str(found) and "hopper: tensors are on cpu" in str(found)
+
+
+def test_use_of_a_backend_that_an_op_does_not_have():
+    """No ``impl`` was given, so none is wrong; an op that cannot serve raises what ops that cannot serve raise."""
+    x = torch.randn(1, 2, 1, 4, 4)
+    call = lambda **more: vidkern.pyramid_decompose(x, levels=2, **more)  # noqa: E731
+    message = r'^vidkern.use\("hopper"\): pyramid_decompose has no such backend; name one of its own by impl=: "auto", "cpu", .*"reference"$'
+    with vidkern.use("hopper"):
+        for asked in (call, lambda: vidkern.explain(call)):
+            with pytest.raises(vidkern.BackendUnavailable, match=message if asked is call else "has no such backend"):
+                asked()
+        assert all(map(torch.equal, call(impl="cpu"), call(impl="auto")))
+    with pytest.raises(ValueError, match="impl: 'hopper' is no backend of pyramid_decompose, expected one of"):
+        call(impl="hopper")
+
+
+def test_errors_name_the_function_that_was_called():
+    q = torch.randn(1, 2, 24, 16, dtype=torch.float64)
+    with pytest.raises(vidkern.BackendUnavailable, match=r'impl: "cpu" cannot serve this call of attention_mass \(op grid_attention\): dtype'):
+        vidkern.attention_mass(q, q, 6, impl="cpu")
+    with pytest.raises(ValueError, match=r"impl: 'gpu' is no backend of attention_mass \(op grid_attention\), expected"):
+        vidkern.attention_mass(q, q, 6, impl="gpu")
+    maps = torch.randn(1, 48, 2, 16)
+    target = vidkern.attention_motion_flow(maps, maps, grid=(2, 4, 6), layout="blhd")
+    with pytest.raises(vidkern.BackendUnavailable, match=r"this call of amf_loss \(op attention_motion_flow\): tensors are on cpu"):
+        vidkern.amf_loss(maps, maps, target, grid=(2, 4, 6), layout="blhd", impl="hopper")
+
+
 def test_info_names_every_op_and_backend():
     text = str(vidkern.info())
     for op in registry.ops().values():

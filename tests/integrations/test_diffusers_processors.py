@@ -435,5 +435,5 @@ def test_without_diffusers():
             print(error)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == ('running diffusers models on vidkern needs diffusers, which is not installed: pip install '
-                           '"vidkern[diffusers]"\n'), done.stderr
+    assert done.stdout == ('running diffusers models on vidkern needs diffusers, which is not installed: it comes with '
+                           'vidkern\'s extra "diffusers", in a checkout by pip install -c constraints.txt -e ".[diffusers]"\n'), done.stderr

@@ -56,6 +56,8 @@ def test_interrupt_resume_and_results(beside):
     # Nothing is loaded from elsewhere; base64 may spell anything.
     assert "http" not in re.sub(r'src="data:[^"]*"', "", page).replace("http://www.w3.org", "")
     assert f"margin {metrics['margin_db_over_best']:+.2f} dB" in done.stdout
+    # Three of the six are reference frames as they are.
+    assert f"best simple fill ({best})" in done.stdout and "blend" not in re.sub(r'src="data:[^"]*"', "", page)
 
 
 def one_line_error(capsys, arguments, *parts):
@@ -71,10 +73,13 @@ def test_errors_are_one_line(tmp_path, capsys):
     write_video(short, torch.zeros(5, 3, 32, 32, dtype=torch.uint8), 10)
     out = ["--out", tmp_path / "out"]
     one_line_error(capsys, ["--out", tmp_path / "file" / "below"], "--out", "cannot be written")
-    one_line_error(capsys, [*out, "--video", tmp_path / "missing.mp4"], "missing.mp4", "no such file")
-    one_line_error(capsys, [*out, "--video", tmp_path / "file"], str(tmp_path / "file"))
+    one_line_error(capsys, [*out, "--video", tmp_path / "missing.mp4"], f"--video {tmp_path / 'missing.mp4'}: no such file, expected a video file")
+    one_line_error(capsys, [*out, "--video", tmp_path / "file"], f"--video {tmp_path / 'file'}: cannot be read as a video")
     one_line_error(capsys, [*out, "--video", short], "has 5 frames, expected at least 24")
     one_line_error(capsys, [*out, "--resume"], "--resume", "does not exist")
+    for more in ([], ["--compare"]):
+        one_line_error(capsys, ["--out", tmp_path / "none", "--scene", "foo", *more], "--scene foo: expected one of bounce, orbit")
+    assert not (tmp_path / "none").exists()
     one_line_error(capsys, [*out, "--steps", 0], "--steps 0: expected at least 1")
     one_line_error(capsys, [*out, "--minutes", -1], "--minutes -1.0: expected a positive number")
     one_line_error(capsys, [*out, "--device", "nowhere"], "--device nowhere")

@@ -184,12 +184,34 @@ def test_a_block_that_is_not_there_is_told_before_training(tmp_path, capsys, sma
 
 
 def test_clips_and_options_that_are_not_there(tmp_path, capsys, small):
-    assert main(["motion", str(tmp_path / "none.mp4")]) == 2 and "no such file, expected a video" in capsys.readouterr().err
+    assert main(["motion", str(tmp_path / "none.mp4")]) == 2
+    assert f"error: video {tmp_path / 'none.mp4'}: no such file, expected a video" in capsys.readouterr().err
     (tmp_path / "text.mp4").write_text("no video")
-    assert main(["motion", str(tmp_path / "text.mp4"), "--out", str(tmp_path)]) == 2 and "cannot be read as a video" in capsys.readouterr().err
+    assert main(["motion", str(tmp_path / "text.mp4"), "--out", str(tmp_path)]) == 2
+    assert f"error: video {tmp_path / 'text.mp4'}: cannot be read as a video" in capsys.readouterr().err
     write_video(tmp_path / "short.mp4", torch.rand(2, 3, 64, 80), 8)
     assert main(["motion", str(tmp_path / "short.mp4"), "--out", str(tmp_path)]) == 2 and "2 frames from --start 0" in capsys.readouterr().err
     assert main(["demo", "ditflow", "--seed", "-1"]) == 2 and "--seed -1: expected at least 0" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_told_at_once(tmp_path, capsys, monkeypatch):
+    import huggingface_hub as hub
+
+    asked = []
+
+    class Unreachable:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(hub, "get_session", Unreachable)
+    expected = "expected a folder with model_index.json, or the name of a pipeline on the Hugging Face hub"
+    for model, reason in (("nobody/nope", "the hub, which may have it, cannot be reached (no route to host)"),
+                          (str(tmp_path / "nope"), "no such folder, and no name that the hub could have"), (str(tmp_path), "a folder without model_index.json")):
+        assert main(["motion", str(bundled_clip("bunny")), "--out", str(tmp_path / "out"), "--model", model]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"vidkern: error: --model {model}: ") and reason in error and expected in error and error.count("\n") == 1, error
+    assert len(asked) == 1 and "nobody/nope" in asked[0]        # once, not six times over half a minute
 
 
 # ---- the record ------------------------------------------------------------------------------------------------------------------------------

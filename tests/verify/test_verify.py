@@ -181,6 +181,16 @@ def test_bad_arguments(words, message):
         command.run(parser.parse_args(["--device", "cpu", *words]))
 
 
+@pytest.mark.parametrize("words, message", [(["--op", "foo"], "--op: 'foo'"), (["--minutes", "-3"], "--minutes: -3.0"),
+                                            (["--backend", "magic"], "--backend: 'magic'")])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_mistake_is_told_before_anything_else(words, message, device, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["verify", "--device", device, *words]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and not told.out
+
+
 def test_every_op_can_be_verified():
     for name in registry.ops():
         assert room(name).samples

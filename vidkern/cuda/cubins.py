@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .._files import cache_dir, replacing
+from ..errors import comes_with
 from . import sources
 
 _CHECKSUM = 32  # bytes of SHA-256 after the cubin; what loads a cubin stops at its end
-INSTALL = 'pip install "vidkern[cuda]"'
+INSTALL = comes_with("cuda")
 HOPPER = (9, 0)  # the compute capability that runs machine code of sources.HOPPER
 
 

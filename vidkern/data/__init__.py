@@ -1,6 +1,6 @@
 """Reading and writing video, the bundled clips, pseudo-views made from ordinary clips, and rendered scenes with several cameras.
 
-Names are imported on first use; PyAV is needed by the video functions alone (``pip install "vidkern[demo]"``).
+Names are imported on first use; PyAV is needed by the video functions alone (the extra "demo").
 """
 
 import importlib

@@ -9,6 +9,7 @@ import os
 import torch
 
 from .. import compiled
+from ..errors import comes_with
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,7 +35,7 @@ def cpu_why_not(t: torch.Tensor) -> str | None:
 def _triton_missing() -> str | None:
     if torch.version.hip:
         return "Triton kernels are written for NVIDIA GPUs, and this torch is built for ROCm"
-    return None if importlib.util.find_spec("triton") else 'Triton is not installed (pip install "vidkern[triton]")'
+    return None if importlib.util.find_spec("triton") else f"Triton is not installed ({comes_with('triton')})"
 
 
 @functools.lru_cache(maxsize=64)

@@ -76,13 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when everything passed, 1 when something failed."""
+    if not args.minutes >= 0:
+        raise UserError(f"--minutes: {args.minutes}, expected at least 0")
+    check_names(args.op, args.backend)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"--device: cuda, but torch {torch.__version__} finds no CUDA device on this machine; "
             "`vidkern verify --device cpu` verifies what runs on the CPU"
         )
-    if not args.minutes >= 0:
-        raise UserError(f"--minutes: {args.minutes}, expected at least 0")
     out = prepare_folder(args.out or verified.cache_dir())
     seed = time.time_ns() % 10**9 if args.seed is None else args.seed
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
@@ -100,11 +101,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if unable or any(u.failed for u in units) else 0
 
 
-def plan(device, ops: Sequence[str] | None, backends: Sequence[str] | None, seed: int) -> list[Unit]:
-    """Units for all that serves ``device``.
+def check_names(ops: Sequence[str] | None, backends: Sequence[str] | None) -> tuple[dict[str, registry.Op], set[str]]:
+    """The ops asked for and the names of their backends.
 
     Raises:
-        UserError: an op or backend is unknown, or nothing that was asked for serves the device.
+        UserError: an op or backend is unknown.
     """
     known = registry.ops()
     for name in ops or ():
@@ -115,6 +116,16 @@ def plan(device, ops: Sequence[str] | None, backends: Sequence[str] | None, seed
     for name in backends or ():
         if name not in names:
             raise UserError(f"--backend: {name!r}, expected one of {', '.join(sorted(names))}")
+    return chosen, names
+
+
+def plan(device, ops: Sequence[str] | None, backends: Sequence[str] | None, seed: int) -> list[Unit]:
+    """Units for all that serves ``device``.
+
+    Raises:
+        UserError: an op or backend is unknown, or nothing that was asked for serves the device.
+    """
+    chosen, names = check_names(ops, backends)
     units, reasons = [], []
     for op in chosen.values():
         for backend in op.backends:

@@ -1,6 +1,6 @@
 """Procedural dynamic scenes seen by synchronous cameras, with depth, instances, cameras and exact flow over time and between views.
 
-The tracer needs torch alone; the scene "robots" is rendered by PyBullet (``pip install "vidkern[scenes]"``). See docs/scenes.md.
+The tracer needs torch alone; the scene "robots" is rendered by PyBullet (the extra "scenes"). See docs/scenes.md.
 """
 
 from vidkern.data.scenes.cameras import Rig
