@@ -28,7 +28,7 @@ from .shapes import GRID, GridShape
 from .suite import DTYPES, Problem
 
 KINDS = ("forward", "dq", "dkv")
-# Heads of the large shapes: a call of some milliseconds tells a configuration's speed. The others have all of theirs.
+# Heads of the large shapes: a call of some milliseconds (reckoned from FLOPs) tells a configuration's speed. The others have all of theirs.
 HEADS = {"A": 16, "B": 16, "C": 4, "D": 1, "E": 1, "F": 6, "G": 1}
 SAMPLES = 7
 RATE = "speed over that of the fastest one, the geometric mean over the shapes of that head dim"
